@@ -1,0 +1,81 @@
+"""Start and end the processes' connection: who am I, which device is mine, how do we talk.
+
+Started by torchrun, `accelerate launch` or nothing at all: the environment variables RANK, WORLD_SIZE and
+LOCAL_RANK decide. One process needs no process group and makes none.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run, seen from one of them."""
+
+    process_rank: int = 0
+    process_count: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    control: dist.ProcessGroup | None = None
+    """gloo group for small host-side agreement, so that it never queues behind gradients; None when alone."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process prints and writes the run folder."""
+        return self.process_rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process (host side)."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def launched_rank() -> tuple[int, int, int, int]:
+    """Return (rank, world size, local rank, local world size) as the launcher set them; (0, 1, 0, 1) without one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return 0, 1, 0, 1
+    rank = int(os.environ["RANK"])
+    return rank, count, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", count))
+
+
+def cpu_threads(local_count: int) -> int:
+    """Cores of this machine shared out over its processes, at least one each.
+
+    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, which leaves most cores idle.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // local_count)
+
+
+@contextmanager
+def connected(cfg: ParallelConfig, device: str, threads: int | None = None) -> Iterator[World]:
+    """Join the other processes for the length of the context.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`; each process takes the CUDA device of its local rank.
+        threads: CPU threads of this process; None shares the cores out.
+    """
+    rank, count, local_rank, local_count = launched_rank()
+    torch.set_num_threads(threads or cpu_threads(local_count))
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(place)
+    if count == 1:
+        yield World(device=place)
+        return
+    timeout = timedelta(seconds=cfg.timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+    try:
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        yield World(rank, count, local_rank, place, control)
+    finally:
+        dist.destroy_process_group()

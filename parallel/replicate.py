@@ -1,0 +1,33 @@
+"""ZeRO stage 0: every rank holds all weights; gradients are summed as backward produces them (DDP)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from parallel.config import ParallelConfig
+from parallel.launch import World
+
+
+def sum_gradients(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket over the ranks. DDP's own hook averages, but our losses are already divided by the global count."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def replicate(model: nn.Module, world: World, cfg: ParallelConfig) -> nn.Module:
+    """Wrap `model` for `world`: rank 0's weights everywhere, summed gradients in buckets that `.grad` views.
+
+    Alone, the model is returned as it is.
+    """
+    if world.process_count == 1:
+        return model
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=cfg.bucket_mib,
+    )
+    wrapped.register_comm_hook(None, sum_gradients)
+    return wrapped
