@@ -1,0 +1,200 @@
+"""What every optimizer of this package shares.
+
+An algorithm says which state a parameter has (`init_state`), how a list of parameters steps (`update`) and how
+many bytes that takes (`state_bytes`). The base does the rest once: the closure, the refusal of sparse gradients,
+states made at construction (so that a checkpoint always holds them and needs no fake step), and loading without
+torch's cast of every state to its parameter's dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+State = dict[str, Any]
+"""Of one parameter: tensors and Python numbers only, so that `torch.load(weights_only=True)` reads it."""
+Group = dict[str, Any]
+"""Of some parameters: `params`, `param_names` where given, and every hyper-parameter."""
+
+CHUNK = 2**22
+"""Values of a low-precision tensor that are held in fp32 at a time (16 MiB)."""
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states and arithmetic for weights of `dtype`: at least fp32, fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def read(scalar: Tensor, usual: float) -> float:
+    """Read a scalar from its device; waits for the device.
+
+    A fake or meta tensor has no value: there the `usual` one is taken, so that a step can be predicted.
+    """
+    if isinstance(scalar, FakeTensor) or scalar.is_meta:
+        return usual
+    return float(scalar)
+
+
+class MemoryOptimizer(torch.optim.Optimizer):
+    """Base class: an optimizer whose state, dtype and bytes are known from a parameter's global shape."""
+
+    check_finite = True
+    """Whether an update looks for non-finite gradients itself, which reads from the device once a matrix. A loop that
+    has looked already, as ours does at the global norm, sets it to False."""
+
+    def check_options(self, group: Group) -> None:
+        """Raise ValueError if a group's hyper-parameters make no sense."""
+        if not group["lr"] >= 0:
+            raise ValueError(f"lr={group['lr']}: must be at least 0")
+        if not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
+            raise ValueError(f"betas={group['betas']}: needs two numbers in [0, 1), such as (0.9, 0.999)")
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps={group['eps']}: must be at least 0, such as 1e-8")
+        if not group["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay={group['weight_decay']}: must be at least 0")
+
+    def init_state(self, p: Tensor, group: Group) -> State:
+        """Make the state of one parameter before its first step."""
+        raise NotImplementedError
+
+    def update(self, params: list[Tensor], group: Group) -> None:
+        """Step parameters of one group, each with a dense gradient, in place; gradients are only read.
+
+        The result for a parameter does not depend on which others are in the list.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def state_bytes(cls, shape: Sequence[int], group: Group, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of all state tensors of one parameter with global `shape` and weights of `dtype`."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, check its options and make the states of its trainable parameters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self.check_options(group)
+        for p in group["params"]:
+            if p.requires_grad:
+                self.state[p] = self.init_state(p, group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step every parameter that has a gradient; return the closure's loss, if a closure is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._refuse_sparse(group)
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if p not in self.state:  # unfrozen since construction
+                    self.state[p] = self.init_state(p, group)
+            if params:
+                self.update(params, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the states already held, each in its own dtype and on its own device.
+
+        torch casts a state to its parameter's dtype, which would round fp32 moments of bf16 weights and turn uint8
+        codes into floats. Options the saved groups lack take their defaults.
+
+        Raises:
+            ValueError: a saved state does not fit (another optimizer, rank or model).
+        """
+        held = self.state
+        pairs: list[tuple[Tensor, State]] = []
+
+        def withhold(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            ids = [i for group in incoming["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            saved = incoming["state"]
+            # Unequal lengths are torch's to refuse, right after this hook.
+            pairs.extend((p, saved[i]) for i, p in zip(ids, params, strict=False) if i in saved and p in held)
+            for p, state in pairs:
+                self._check_fits(p, held[p], state)
+            return {**incoming, "state": {}}
+
+        def fill(_: torch.optim.Optimizer) -> None:
+            self.state = held
+            for p, state in pairs:
+                _copy_state(held[p], state)
+            for group in self.param_groups:
+                for key, default in self.defaults.items():
+                    group.setdefault(key, default)
+
+        # As hooks around the user's own: theirs see the whole state dict before and the whole state after.
+        hooks = [
+            self.register_load_state_dict_pre_hook(withhold),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def name_of(self, p: Tensor) -> str:
+        """The name given for a parameter, or its place and shape where none was."""
+        for index, group in enumerate(self.param_groups):
+            for place, other in enumerate(group["params"]):
+                if other is p:
+                    names = group.get("param_names")
+                    return names[place] if names else f"parameter {place} of group {index}, shape {tuple(p.shape)}"
+        raise KeyError("not a parameter of this optimizer")
+
+    def _refuse_sparse(self, group: Group) -> None:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise ValueError(
+                    f"{type(self).__name__} needs dense gradients, but that of {self.name_of(p)} is {p.grad.layout}. "
+                    "Build the embedding with sparse=False, or give it to torch.optim.SparseAdam."
+                )
+
+    def _check_fits(self, p: Tensor, held: State, saved: State) -> None:
+        """Compare before anything is written, so that a refused load changes nothing."""
+        missing = [key for key, value in held.items() if key not in saved and isinstance(value, Tensor)]
+        wrong = [key for key in held if key in saved and not _fits(held[key], saved[key])]
+        if missing or wrong:
+            raise ValueError(
+                f"saved state of {self.name_of(p)} does not fit in: {', '.join(missing + wrong)}. "
+                f"Saved is {_layout(saved)}; {type(self).__name__} holds {_layout(held)}. "
+                "Load it with the optimizer and the options (such as rank) that it was saved with."
+            )
+
+
+def contiguous_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the memory layout of `like`; itself where it has it already.
+
+    Fused kernels walk raw memory: a gradient laid out otherwise than its weight would be applied to the wrong
+    elements without an error (tried with torch 2.13 on CPU).
+    """
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def _copy_state(held: State, saved: State) -> None:
+    for key, value in held.items():
+        if key not in saved:
+            continue  # a number added since the checkpoint was written
+        if isinstance(value, Tensor):
+            value.copy_(saved[key])
+        else:
+            held[key] = type(value)(saved[key])
+
+
+def _fits(held: Any, saved: Any) -> bool:
+    if not isinstance(held, Tensor):
+        return not isinstance(saved, Tensor) or saved.numel() == 1  # torch keeps `step` in a tensor
+    if not isinstance(saved, Tensor) or saved.shape != held.shape:
+        return False
+    return saved.dtype == held.dtype or (saved.is_floating_point() and held.is_floating_point())
+
+
+def _layout(state: State) -> str:
+    return ", ".join(
+        f"{key} {'x'.join(map(str, value.shape))}" for key, value in state.items() if isinstance(value, Tensor)
+    )

@@ -1,0 +1,79 @@
+"""Optimizers by name: which there are, how one is built from its config, and how many bytes its states take."""
+
+import difflib
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from optim.config import CONFIGS, OptimConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from optim.base import MemoryOptimizer
+
+CLASSES = {"adamw": ("optim.adamw", "AdamW"), "galore": ("optim.galore", "GaLoreAdamW")}
+"""Module and class of each, imported on use: listing names costs no import of torch."""
+
+
+def names() -> list[str]:
+    """Every name that `optim.name` accepts."""
+    return list(CONFIGS)
+
+
+def config_class(name: str) -> type[OptimConfig]:
+    """The dataclass that holds the options of an optimizer.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    _require_known(name)
+    return CONFIGS[name]
+
+
+def build(cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]") -> "MemoryOptimizer":
+    """Build the optimizer of `cfg` over the trainable parameters, each once, grouped by the config's rules.
+
+    Raises:
+        ValueError: unknown name, nothing trainable, or a rule that fits no parameter.
+    """
+    from optim.groups import parameter_groups
+
+    cls = _optimizer_class(cfg.name)
+    groups: Any = parameter_groups(cfg, named_parameters)
+    optimizer: MemoryOptimizer = cls(groups, **cfg.options())
+    return optimizer
+
+
+def state_bytes(
+    cfg: OptimConfig, named_shapes: Iterable[tuple[str, Sequence[int]]], dtype: "torch.dtype | None" = None
+) -> int:
+    """Bytes of all states for trainable parameters of these global shapes, with weights of `dtype` (default fp32).
+
+    Give a tied parameter once. Raises as `build` does.
+    """
+    import torch
+
+    from optim.groups import assign, options, settle
+
+    cls = _optimizer_class(cfg.name)
+    shapes = list(named_shapes)
+    cfg = settle(cfg, shapes)
+    labels = assign(shapes, cfg.rules())
+    return sum(
+        cls.state_bytes(shape, options(cfg, label), dtype or torch.float32)
+        for (_, shape), label in zip(shapes, labels, strict=True)
+    )
+
+
+def _optimizer_class(name: str) -> "type[Any]":
+    _require_known(name)
+    module, attribute = CLASSES[name]
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def _require_known(name: str) -> None:
+    if name not in CONFIGS:
+        near = difflib.get_close_matches(name, CONFIGS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"optim.name={name}: unknown; known are {', '.join(CONFIGS)}.{hint}")
