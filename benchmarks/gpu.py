@@ -1,0 +1,134 @@
+"""The one command for a machine with a GPU: tests and benchmarks that need one, most telling first.
+
+    python -m benchmarks.gpu [--suite NAME] [--minutes N] [--out DIR]
+
+Each suite writes one JSON with machine, versions, commit and date. What did not fit into the minutes is listed as
+left out. Without CUDA it says so and exits 2.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import RESULTS, print_table, write_result
+
+Job = Callable[[float], dict[str, Any]]
+"""Takes the seconds left, returns what it found."""
+
+
+def call(command: list[str], seconds: float) -> tuple[int, str]:
+    """Run a command within `seconds`; return its exit status (124: out of time) and the end of its output."""
+    try:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=max(seconds, 1))
+    except subprocess.TimeoutExpired as late:
+        return 124, str(late.stdout or "")[-2000:]
+    return done.returncode, (done.stdout + done.stderr)[-4000:]
+
+
+def train_job(overrides: list[str]) -> Job:
+    """A training run through the command line; returns its summary and memory.json."""
+
+    def job(seconds: float) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            status, output = call(["-m", "trainer", *overrides, f"run.dir={folder}/run"], seconds)
+            if status:
+                return {"exit": status, "output": output}
+            found = {name: json.loads((Path(folder) / "run" / f"{name}.json").read_text()) for name in ("summary", "memory")}
+            return {"exit": 0, "command": "python -m trainer " + " ".join(overrides), **found}
+
+    return job
+
+
+def gpu_tests(seconds: float) -> dict[str, Any]:
+    """The tests marked `gpu`."""
+    status, output = call(["-m", "pytest", "-q", "-m", "gpu"], seconds)
+    return {"exit": status, "output": output}
+
+
+LLAMA_130M = ["model=llama_130m", "precision=bf16", "data.sequence_length=256", "train.global_batch=64",
+              "train.micro_batch=64"]
+
+
+def counter_on_cpu(seconds: float) -> dict[str, Any]:
+    """The same two steps counted on the CPU: by kind it should tell what the GPU's count tells."""
+    return train_job([*LLAMA_130M, "train.micro_batch=8", "train.global_batch=8", "train.steps=2", "run.device=cpu",
+                      "data.eval_rows=1", "checkpoint.every=0"])(seconds)
+
+
+def counter_on_gpu(seconds: float) -> dict[str, Any]:
+    """As `counter_on_cpu`, on the GPU, where the allocator's figures are the truth."""
+    return train_job([*LLAMA_130M, "train.micro_batch=8", "train.global_batch=8", "train.steps=2", "run.device=cuda",
+                      "data.eval_rows=1", "checkpoint.every=0"])(seconds)
+
+
+def loop_overhead(seconds: float) -> dict[str, Any]:
+    """Tokens per second beside the bare loop, llama_130m in bf16."""
+    with tempfile.TemporaryDirectory() as folder:
+        status, output = call(["-m", "benchmarks.loop_overhead", "--pairs", "3", "--steps", "60", "--out", folder,
+                               *LLAMA_130M], seconds)
+        result = Path(folder) / "loop_overhead.json"
+        return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
+
+
+SUITES: dict[str, dict[str, Job]] = {
+    "foundation": {
+        "main_job": train_job(["run.device=cuda"]),
+        "llama_130m_50_steps": train_job(
+            [*LLAMA_130M, "optim.rank=256", "train.steps=50", "train.eval_every=0", "checkpoint.every=0"]
+        ),
+        "gpu_tests": gpu_tests,
+        "loop_overhead": loop_overhead,
+        "counter_on_gpu": counter_on_gpu,
+        "counter_on_cpu": counter_on_cpu,
+    },
+}
+"""Each capability adds its own suite here, most telling job first."""
+
+
+def run_suite(name: str, until: float) -> dict[str, Any]:
+    """Run a suite's jobs in order until the time is up; a job that fails is written down and the next one runs."""
+    found: dict[str, Any] = {"left_out": []}
+    for job_name, job in SUITES[name].items():
+        left = until - time.monotonic()
+        if left < 10:
+            found["left_out"].append(job_name)
+            continue
+        print(f"{name}: {job_name} ...", flush=True)
+        began = time.monotonic()
+        found[job_name] = {**job(left), "wall_seconds": round(time.monotonic() - began, 1)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=sorted(SUITES), help="run only this one")
+    parser.add_argument("--minutes", type=float, default=20.0, help="time for everything (default 20)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files (default benchmarks/results)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu needs a CUDA device and found none. The CPU benchmarks are the other files of benchmarks/; "
+              "`make test` runs what needs no GPU.", file=sys.stderr)
+        sys.exit(2)
+    until = time.monotonic() + 60 * args.minutes
+    failed = []
+    for name in [args.suite] if args.suite else list(SUITES):
+        found = run_suite(name, until)
+        path = write_result(f"gpu_{name}", found, args.out)
+        jobs = {job: result for job, result in found.items() if isinstance(result, dict)}
+        print_table(["job", "exit", "seconds"],
+                    [[job, str(result.get("exit", 0)), str(result["wall_seconds"])] for job, result in jobs.items()])
+        print("written to", path)
+        failed += [job for job, result in jobs.items() if result.get("exit", 0)]
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

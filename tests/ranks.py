@@ -1,0 +1,72 @@
+"""Run a function on several gloo ranks of this machine, as a launcher would start them."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """Return a TCP port nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _entry(rank: int, count: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )
+    try:
+        results.put((rank, function(*args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+
+
+def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Return what `function(*args)` returns on each of `count` ranks, in rank order.
+
+    The environment is as torchrun sets it; the function itself joins the process group. Results are pickled.
+
+    Raises:
+        RuntimeError: with the traceback of the first rank that failed.
+    """
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    port = free_port()
+    processes = [
+        context.Process(target=_entry, args=(rank, count, port, function, args, results), daemon=True)
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    errors: list[str] = []
+    try:
+        while len(found) + len(errors) < count and not errors:
+            if results.empty():
+                if not any(process.is_alive() for process in processes):
+                    break
+                processes[0].join(0.05)
+                timeout -= 0.05
+                if timeout < 0:
+                    raise TimeoutError(f"ranks {sorted(set(range(count)) - found.keys())} did not finish")
+                continue
+            rank, value, error = results.get()
+            if error:
+                errors.append(f"rank {rank}:\n{error}")
+            else:
+                found[rank] = value
+    finally:
+        for process in processes:
+            process.join(10 if not errors else 1)
+            if process.is_alive():
+                process.terminate()
+    if errors or len(found) < count:
+        raise RuntimeError("\n".join(errors) or f"a rank died; finished: {sorted(found)}")
+    return [found[rank] for rank in range(count)]

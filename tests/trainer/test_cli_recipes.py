@@ -1,0 +1,167 @@
+"""Recipes: reading a claim, running its arms, holding the runs against it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer import recipes
+from trainer.cli import main as cli
+from trainer.cli import recipe_runs
+from trainer.cli.compose import load, load_saved
+from trainer.errors import TrainingStopped, UserError
+from trainer.recipes import Check
+
+CONFIG = "train: {steps: 3}\n"
+CLAIM = """
+claim: b is half of a
+arms: {a: [optim=adamw], b: [optim=galore, optim.rank=4]}
+seeds: [0, 1]
+metrics: [eval_loss, memory.states]
+checks:
+  - {name: loss, arm: b, metric: eval_loss, over_arm: a, expected: 0.5, tolerance: 0.1}
+  - {name: fall, arm: a, metric: eval_loss, over_metric: eval_loss_first, at_most: 0.6}
+"""
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "claim.yaml").write_text(CLAIM)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Collect the command lines of runs, and leave what a run leaves: AdamW ends at 2 of 4, GaLore at 1."""
+    seen: list[list[str]] = []
+
+    def run_once(overrides: list[str]) -> None:
+        seen.append(overrides)
+        cfg = load(overrides)
+        folder = Path(str(cfg.run.dir))
+        folder.mkdir(parents=True)
+        loss = {"adamw": 2.0, "galore": 1.0}[cfg.optim.name] + 0.01 * cfg.seed
+        summary = {"eval_loss_first": 4.0, "eval_loss": loss, "memory": {"states": 10}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 3, "eval_loss": 2.0}\n')
+        environment = {"python": "3", "libraries": {"torch": "2"}, "git": None, "gpus": []}
+        (folder / "environment.json").write_text(json.dumps(environment))
+
+    monkeypatch.setattr(recipe_runs, "run_once", run_once)
+    return seen
+
+
+def test_a_run_trains_every_arm_with_every_seed_and_judges(
+    recipe: Path, trained: list[list[str]], capsys: Output
+) -> None:
+    assert cli.main(["recipe", "run", str(recipe), "train.log_every=2"]) == 0
+    configs = [load(overrides) for overrides in trained]
+    assert [(cfg.optim.name, cfg.seed, cfg.train.steps, cfg.train.log_every) for cfg in configs] == [
+        ("adamw", 0, 3, 2), ("adamw", 1, 3, 2), ("galore", 0, 3, 2), ("galore", 1, 3, 2),
+    ]  # fmt: skip
+    out = Path("runs/recipes/mine")
+    lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["seed"], line["overrides"]) for line in lines][3] == ("b", 1, ["train.log_every=2"])
+    assert (out / "loss.csv").read_text().splitlines()[:3] == [
+        "arm,seed,step,loss,eval_loss",
+        "a,0,1,3.0,",
+        "a,0,3,,2.0",
+    ]
+    assert (out / "versions.txt").read_text() == "python 3\ntorch 2\n"
+    assert load_saved(out / "resolved.yaml").train.steps == 3
+    said = capsys.readouterr().out
+    assert "the claim holds" in said and "differ from the recipe: train.log_every=2" in said
+    assert cli.main(["recipe", "check", str(recipe)]) == 0
+
+
+def test_a_claim_that_falls_short_is_exit_code_1(recipe: Path, trained: list[list[str]], capsys: Output) -> None:
+    (recipe / "claim.yaml").write_text(CLAIM.replace("at_most: 0.6", "at_most: 0.4"))
+    assert cli.main(["recipe", "run", str(recipe), "--seeds", "5", "--out", "elsewhere"]) == 1
+    said = capsys.readouterr().out
+    assert "FALLS SHORT" in said and "the claim does NOT hold (elsewhere)" in said
+
+
+def test_check_judges_the_newest_batch_alone(recipe: Path, trained: list[list[str]]) -> None:
+    assert cli.main(["recipe", "run", str(recipe)]) == 0
+    path = Path("runs/recipes/mine/runs.jsonl")
+    line = json.loads(path.read_text().splitlines()[0]) | {"batch": "later", "summary": {"eval_loss": 9.0}}
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    assert cli.main(["recipe", "check", str(recipe)]) == 1, "an arm is missing, and the loss is not there to divide by"
+
+
+def test_a_run_that_does_not_finish_ends_the_recipe_with_its_code(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_once(overrides: list[str]) -> None:
+        raise TrainingStopped("ended")
+
+    monkeypatch.setattr(recipe_runs, "run_once", run_once)
+    assert cli.main(["recipe", "run", str(recipe)]) == 3
+
+
+def test_a_mistake_in_any_arm_is_found_before_the_first_run(
+    recipe: Path, trained: list[list[str]], capsys: Output
+) -> None:
+    (recipe / "claim.yaml").write_text(CLAIM.replace("optim.rank=4", "optim.rnak=4"))
+    assert cli.main(["recipe", "run", str(recipe)]) == 2
+    assert trained == [] and "did you mean optim.rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("arm: b", "arm: c"), "no arm 'c'; known: a, b"),
+        (("at_most: 0.6", "at_mots: 0.6"), "at_mots"),
+        ((", at_most: 0.6", ""), "give expected and tolerance, or at_most, or at_least"),
+        ((", tolerance: 0.1", ""), "give expected and tolerance"),
+        (("seeds: [0, 1]", "seeds: [zero]"), "claim.yaml"),
+        (("claim: b is half of a", "claim: ["), "cannot be read as YAML"),
+        (("arms: {a: [optim=adamw], b: [optim=galore, optim.rank=4]}", "arms: {}"), "no arm 'b'"),
+    ],
+    ids=lambda change: change[1] if isinstance(change, tuple) else "",
+)
+def test_a_claim_of_another_form_is_named(recipe: Path, change: tuple[str, str], expected: str) -> None:
+    (recipe / "claim.yaml").write_text(CLAIM.replace(*change))
+    with pytest.raises(UserError, match="claim.yaml") as caught:
+        recipes.read(str(recipe))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bound", "holding", "failing"),
+    [
+        ({"expected": 2.0, "tolerance": 0.1}, [1.81, 2.19], [1.79, 2.21]),
+        ({"expected": -2.0, "tolerance": 0.1}, [-1.81], [-1.7, 2.0]),
+        ({"at_most": 0.6}, [0.6, -1.0], [0.61, float("nan")]),
+        ({"at_least": 0.6}, [0.6, 9.0], [0.59, float("nan")]),
+    ],
+    ids=str,
+)
+def test_bounds_hold_exactly_where_they_say(
+    bound: dict[str, float], holding: list[float], failing: list[float]
+) -> None:
+    check = Check(name="c", arm="a", metric="m", **bound)  # type: ignore[arg-type]
+    assert [check.holds(value) for value in holding] == [True] * len(holding)
+    assert [check.holds(value) for value in failing] == [False] * len(failing)
+
+
+def test_ratios_are_taken_seed_by_seed() -> None:
+    check = Check(name="c", arm="b", metric="x.y", over_arm="a", expected=1, tolerance=1)
+    runs = {("a", 0): {"x": {"y": 2}}, ("b", 0): {"x": {"y": 1}}, ("a", 1): {"x": {"y": 1}}, ("b", 1): {"x": {"y": 3}}}
+    assert check.values(runs, [0, 1, 2]) == [0.5, 3.0]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_that_comes_with_the_program_is_complete(name: str, capsys: Output) -> None:
+    folder = recipes.find(name)
+    assert recipes.read(name).claim.checks
+    text = (folder / "README.md").read_text()
+    assert f"stowage recipe run {name}" in text
+    assert cli.main(["recipe", "show", name]) == 0
+    assert cli.main(["recipe", "list"]) == 0
+    assert name in capsys.readouterr().out

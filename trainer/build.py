@@ -1,0 +1,73 @@
+"""From configuration to objects, in the one legal order: data, model, adapt, optimizer, engine, meter.
+
+The optimizer sees plain parameters with their names; the engine wraps afterwards. Everything a user can get wrong
+about data and model files is found before weights are made.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.config import Fate
+from optim import registry
+from parallel.launch import World
+from trainer.data.corpus import Corpus, build_corpus
+from trainer.engines.torch_engine import TorchEngine
+from trainer.memory import MemoryMeter
+from trainer.model import build_model, check_length, check_vocabulary, model_config, recompute_blocks
+from trainer.schema import Config
+from trainer.state import seed_all
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run is made of."""
+
+    cfg: Config
+    world: World
+    corpus: Corpus
+    model_config: transformers.PretrainedConfig
+    model: nn.Module
+    """The transformers model itself, never a wrapper."""
+    optimizer: Optimizer
+    engine: TorchEngine
+    meter: MemoryMeter
+
+
+def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.PretrainedConfig, nn.Module]:
+    """Return corpus, model configuration and model: what an evaluation needs."""
+    corpus = build_corpus(
+        cfg.data,
+        seed=cfg.seed,
+        process_rank=world.process_rank,
+        barrier=world.barrier,
+        say=partial(print, flush=True) if world.leads else lambda message: None,
+    )
+    config = model_config(cfg.model, corpus.tokenizer, corpus.vocab_size)
+    check_vocabulary(config, corpus.vocab_size)
+    check_length(config, cfg.data.sequence_length)
+    model = build_model(cfg.model, config, weights=cfg.precision.weights, device=world.device, seed=cfg.seed)
+    return corpus, config, model
+
+
+def build(cfg: Config, world: World) -> Built:
+    """Make everything a training run needs.
+
+    Raises:
+        UserError: files or names that the configuration alone could not show to be wrong.
+    """
+    if world.device.type == "cuda" and cfg.run.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    corpus, config, model = build_parts(cfg, world)
+    if cfg.activations.fate is Fate.recompute:
+        recompute_blocks(model)
+    optimizer = registry.build(cfg.optim, model.named_parameters())
+    optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
+    engine = TorchEngine(model, optimizer, world, cfg.parallel)
+    meter = MemoryMeter(model, optimizer, world.device)
+    seed_all(cfg.seed, world.process_rank)
+    return Built(cfg, world, corpus, config, model, optimizer, engine, meter)

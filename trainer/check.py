@@ -1,0 +1,187 @@
+"""What a configuration gets wrong, found before torch is imported, a model is built or a file is written.
+
+`problems` concerns any use of a configuration, `start_problems` the start of a training run. Each returns texts,
+`key=asked: what was found; what to do`, and an empty list when all is well.
+"""
+
+import importlib.util
+import math
+import os
+import tempfile
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
+from trainer.errors import UserError
+from trainer.schema import Attention, Config, Device, Dtype
+from trainer.track import track_problems
+
+
+def problems(cfg: Config) -> list[str]:
+    """Check every section by itself, then the sections against each other and against the files they name."""
+    found = section_problems("", cfg)
+    for entry in fields(cfg):
+        section = getattr(cfg, entry.name)
+        if is_dataclass(section):
+            found += section_problems(f"{entry.name}.", section)
+    return found + model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg) + attention_problems(cfg)
+
+
+def section_problems(prefix: str, section: object) -> list[str]:
+    """Refuse NaN and infinity in any option; where there is none, ask the section itself."""
+    found = []
+    for entry in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, entry.name)
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            found.append(f"{prefix}{entry.name}={value}: must be a finite number")
+    own = getattr(section, "problems", None)
+    return found or (own() if own is not None else [])
+
+
+def length_problems(cfg: Config) -> list[str]:
+    longest, asked = longest_sequence(cfg.model), cfg.data.sequence_length
+    if longest is None or asked <= longest:
+        return []
+    remedy = "" if is_read(cfg.model) else f", or model.max_length={asked}"
+    where = f"{cfg.model.path}/config.json" if is_read(cfg.model) else f"model.max_length={longest}"
+    return [
+        f"data.sequence_length={asked}: the model takes at most {longest} tokens ({where}); "
+        f"use data.sequence_length={longest} or less{remedy}"
+    ]
+
+
+def rank_problems(cfg: Config) -> list[str]:
+    """A projection onto more directions than a matrix has saves nothing."""
+    rank, side = getattr(cfg.optim, "rank", None), smallest_side(cfg.model)
+    if not isinstance(rank, int) or side is None or rank <= side:
+        return []
+    source = "" if is_read(cfg.model) else f" (model.hidden_size={cfg.model.hidden_size})"
+    return [
+        f"optim.rank={rank}: the model's matrices have at most {side} directions{source}; "
+        f"use optim.rank={side} or less, a quarter of it ({max(1, side // 4)}) is usual"
+    ]
+
+
+def attention_problems(cfg: Config) -> list[str]:
+    """The flash kernels are a package of their own, and take 16-bit numbers alone."""
+    if cfg.model.attention is not Attention.flash_attention_2:
+        return []
+    asked, remedy = "model.attention=flash_attention_2", "model.attention=sdpa has flash kernels built in"
+    found = []
+    if importlib.util.find_spec("flash_attn") is None:
+        found.append(f"{asked}: the package flash-attn isn't installed; install it, or note that {remedy}")
+    if cfg.precision.compute is not Dtype.bf16:
+        found.append(f"{asked}: cannot run precision.compute={cfg.precision.compute.value}; use bf16, or {remedy}")
+    return found
+
+
+def start_problems(cfg: Config) -> list[str]:
+    """Check what concerns the start of a run: batches over ranks, the run folder, resuming, schedule, tracker."""
+    return [
+        *batch_problems(cfg, int(os.environ.get("WORLD_SIZE", "1"))),
+        *schedule_problems(cfg),
+        *folder_problems(cfg),
+        *resume_problems(cfg),
+        *track_problems(cfg.track),
+    ]
+
+
+def batch_problems(cfg: Config, ranks: int) -> list[str]:
+    """The global batch must split evenly into micro-batches over ranks."""
+    batch, micro = cfg.train.global_batch, cfg.train.micro_batch
+    if batch < 1 or micro < 1 or batch % (micro * ranks) == 0:
+        return []
+    unit = micro * ranks
+    nearest = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
+    fitting = [] if batch % ranks else [n for n in range(1, batch // ranks + 1) if batch // ranks % n == 0]
+    near = sorted(sorted(fitting, key=lambda n: abs(n - micro))[:3])
+    over = f" x {ranks} ranks" if ranks > 1 else ""
+    return [
+        f"train.global_batch={batch}: does not split into train.micro_batch={micro}{over} = {unit} sequences; "
+        f"use train.global_batch={' or '.join(map(str, nearest))}"
+        + (f", or train.micro_batch={' or '.join(map(str, near))}" if near else "")
+    ]
+
+
+def schedule_problems(cfg: Config) -> list[str]:
+    """Warmup and final decay, given in steps from 1 on, must fit into the run."""
+    steps, schedule = cfg.train.steps, cfg.schedule
+    if steps < 1:
+        return []
+    lengths = {"warmup": schedule.warmup} | ({"decay": schedule.decay} if schedule.name.value == "wsd" else {})
+    in_steps = {name: value if value >= 1 else value * steps for name, value in lengths.items() if math.isfinite(value)}
+    if sum(in_steps.values()) <= steps:
+        return []
+    asked = " and ".join(f"schedule.{name}={lengths[name]:g}" for name in in_steps)
+    return [
+        f"{asked}: longer together than train.steps={steps}; raise train.steps, or give fractions below 1, "
+        "such as schedule.warmup=0.1"
+    ]
+
+
+def folder_problems(cfg: Config) -> list[str]:
+    """The run folder, or the folder it will be made in, must take new files; a trial file shows it, even to root."""
+    asked = "runs/" if cfg.run.dir is None else f"run.dir={cfg.run.dir}"
+    path = Path("runs") if cfg.run.dir is None else Path(cfg.run.dir)
+    remedy = "give another folder with run.dir=PATH"
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        return [f"{asked}: {existing} is not a folder; {remedy}"]
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".stowage-"):
+            return []
+    except OSError as error:
+        return [f"{asked}: cannot write in {existing} ({error.strerror}); {remedy}"]
+
+
+def resume_problems(cfg: Config) -> list[str]:
+    """`never` refuses a folder with checkpoints, a path must be a checkpoint."""
+    resume = cfg.train.resume
+    if resume in ("auto", ""):
+        return []
+    if resume == "never":
+        folder = Path(cfg.run.dir or "") / "checkpoints"
+        held = sorted(path.name for path in folder.glob("step_*")) if cfg.run.dir else []
+        if not held:
+            return []
+        return [
+            f"train.resume=never: {folder} holds {len(held)} checkpoints, newest {held[-1]}; "
+            "use train.resume=auto to go on, or another run.dir"
+        ]
+    path = Path(resume)
+    if not path.exists():
+        return [f"train.resume={resume}: no such checkpoint; give runs/NAME/TIME/checkpoints/step_N, or auto, or never"]
+    if not (path / "manifest.json").is_file():
+        inside = sorted((path / "checkpoints").glob("step_*"))
+        remedy = f"use train.resume={inside[-1]}" if inside else "give a folder step_N in a run's checkpoints/"
+        return [f"train.resume={resume}: is not a checkpoint (it has no manifest.json); {remedy}"]
+    return []
+
+
+def check_hardware(cfg: Config) -> None:
+    """Hold the configuration against the machine. Imports torch, so it comes after everything else.
+
+    Raises:
+        UserError: names everything that this machine lacks.
+    """
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    on_cuda = cfg.run.device is Device.cuda or (cfg.run.device is Device.auto and devices > 0)
+    found = []
+    if cfg.run.device is Device.cuda and not devices:
+        found.append("run.device=cuda: torch finds no CUDA device here; use run.device=auto, or a torch built for CUDA")
+    elif on_cuda and local_ranks > devices:
+        found.append(
+            f"{local_ranks} ranks on this machine: it has {devices} CUDA devices; "
+            f"start {devices} ranks, or use run.device=cpu"
+        )
+    bf16 = Dtype.bf16 in (cfg.precision.weights, cfg.precision.compute)
+    if devices and on_cuda and bf16 and not torch.cuda.is_bf16_supported():
+        found.append(f"precision.compute=bf16: {torch.cuda.get_device_name()} has no bf16; use precision=fp32")
+    if cfg.model.attention is Attention.flash_attention_2 and not on_cuda:
+        found.append("model.attention=flash_attention_2: runs on CUDA alone; use model.attention=sdpa")
+    if found:
+        raise UserError("\n".join(found))

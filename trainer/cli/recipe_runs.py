@@ -1,0 +1,145 @@
+"""Running a recipe: every arm and seed in a process of its own, and the files that show what came out."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer.cli import store
+from trainer.cli.compose import load
+from trainer.cli.overrides import quote
+from trainer.errors import TrainingStopped, UserError
+from trainer.metrics import read_metrics
+from trainer.recipes import RECIPES, Recipe
+from trainer.signals import Interrupted
+
+RESULTS = "runs.jsonl"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The runs of one `recipe run`."""
+
+    runs: dict[tuple[str, int], dict[str, Any]]
+    """(arm, seed) -> summary.json."""
+    seeds: list[int]
+    overrides: list[str]
+    """What the user changed in every arm."""
+
+
+def measure(recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Path) -> None:
+    """Run every arm with every seed and append one line each to `out`/runs.jsonl.
+
+    Beside it: resolved.yaml, versions.txt and loss.csv of these runs, and their run folders.
+
+    Raises:
+        UserError, TrainingStopped, Interrupted: as the first run that does not finish.
+    """
+    plan = [(arm, own, seed) for arm, own in recipe.claim.arms.items() for seed in seeds]
+    for arm, own, seed in plan:  # all mistakes before the first minute is spent
+        load(arguments(recipe, own, seed, overrides, out / "check" / arm))
+    batch = time.strftime("%Y-%m-%d_%H-%M-%S")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "resolved.yaml").write_text(resolved(recipe, overrides))
+    folders = {}
+    for number, (arm, own, seed) in enumerate(plan, 1):
+        folder = folders[arm, seed] = out / batch / f"{arm}-seed{seed}"
+        print(f"{recipe.name}: run {number} of {len(plan)}, arm {arm}, seed {seed}", flush=True)
+        start = time.monotonic()
+        run_once(arguments(recipe, own, seed, overrides, folder))
+        line = {
+            "batch": batch,
+            "arm": arm,
+            "seed": seed,
+            "overrides": overrides,
+            "wall_seconds": round(time.monotonic() - start, 1),
+            "summary": json.loads((folder / "summary.json").read_text()),
+        }
+        with (out / RESULTS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    write_curves(out / "loss.csv", folders)
+    (out / "versions.txt").write_text(versions(next(iter(folders.values()))))
+
+
+def arguments(recipe: Recipe, own: list[str], seed: int, overrides: list[str], folder: Path) -> list[str]:
+    """Return the command line of one run; the user's overrides win over the arm's."""
+    asked = recipe.name if recipe.folder.parent == RECIPES else str(recipe.folder)
+    return [f"recipe={quote(asked)}", *own, *overrides, f"seed={seed}", f"run.dir={quote(str(folder))}"]
+
+
+def run_once(overrides: list[str]) -> None:
+    """Train in a fresh process, which shows its own progress and errors; signals are passed on, so that it saves."""
+    with subprocess.Popen([sys.executable, "-m", "trainer", *overrides]) as process:
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    code = 128 - code if code < 0 else code  # ended by a signal
+    what = f"a run of the recipe ended with exit code {code}: {' '.join(overrides)}"
+    if code == 2:
+        raise UserError(what)
+    if code in (130, 143):
+        raise Interrupted(code - 128, what)
+    if code:
+        raise TrainingStopped(what)
+
+
+def read_results(out: Path, recipe: Recipe) -> Measured:
+    """Read the newest batch of `out`/runs.jsonl.
+
+    Raises:
+        UserError: nothing has been measured there, or the file is damaged.
+    """
+    path = out / RESULTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so there is nothing to check; first `stowage recipe run {recipe.name}`")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        newest = [line for line in lines if line["batch"] == lines[-1]["batch"]]
+        runs = {(line["arm"], int(line["seed"])): dict(line["summary"]) for line in newest}
+        seeds = sorted({seed for _, seed in runs})
+        return Measured(runs, seeds, list(newest[-1]["overrides"]))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{path}: is not a list of runs ({type(error).__name__}: {error}); run the recipe again"
+        ) from error
+
+
+def resolved(recipe: Recipe, overrides: list[str]) -> str:
+    """Return the whole configuration, defaults included; paths inside the repository stay relative to it."""
+    name = store.add_recipe(str(recipe.folder))
+    return str(OmegaConf.to_yaml(store.composed([f"recipe={name}", *overrides]), resolve=False))
+
+
+def write_curves(path: Path, folders: dict[tuple[str, int], Path]) -> None:
+    """Write the losses of every logged step of every run."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "seed", "step", "loss", "eval_loss"])
+        for (arm, seed), folder in folders.items():
+            for record in read_metrics(folder / "metrics.jsonl"):
+                writer.writerow([arm, seed, record["step"], record.get("loss", ""), record.get("eval_loss", "")])
+
+
+def versions(run: Path) -> str:
+    """Return what a run ran on, one `name value` a line."""
+    found = json.loads((run / "environment.json").read_text())
+    lines = [f"{name} {found[name]}" for name in ("python", "platform", "cpu", "cuda", "driver") if found.get(name)]
+    lines += [f"gpu {gpu['name']}" for gpu in found.get("gpus", [])]
+    lines += [f"commit {found['git']['commit']}"] if found.get("git") else []
+    return "\n".join([*lines, *(f"{name} {number}" for name, number in found.get("libraries", {}).items())]) + "\n"

@@ -1,0 +1,50 @@
+"""The default engine: plain torch, DDP over several ranks."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from parallel.config import ParallelConfig
+from parallel.launch import World
+from parallel.replicate import replicate
+
+
+class TorchEngine:
+    """Forward, backward and update of one rank; gradients are sums over all ranks and micro-steps.
+
+    The loop divides each loss by the global target count beforehand, so no engine may average.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, world: World, cfg: ParallelConfig) -> None:
+        self.model = replicate(model, world, cfg)
+        self.optimizer = optimizer
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """Return the context of one micro-step; only the `last` of a step exchanges gradients."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def gradient_norm(self) -> Tensor:
+        """Global 2-norm of all gradients, a device scalar; the same on every rank."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        """Scale all gradients down to `max_norm`, given their `norm`."""
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+
+    def update(self, multiplier: float) -> None:
+        """Step the weights at `multiplier` times each group's own learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+        self.optimizer.step()
+
+    def clear_gradients(self) -> None:
+        """Free the gradients (DDP's buckets stay, as views of them are what `.grad` is)."""
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,105 @@
+"""Held-out loss: token-weighted and exact, over any number of ranks."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from parallel.collectives import sum_over_ranks
+from parallel.launch import World, connected
+from trainer.check import check_hardware
+from trainer.cli.compose import load_saved
+from trainer.data import IGNORE
+from trainer.data.batch import Batch
+from trainer.data.corpus import build_corpus
+from trainer.data.stream import heldout_batches
+from trainer.finished import load_model, open_checkpoint, open_run
+from trainer.loss import token_loss_sum
+from trainer.model import check_length, check_vocabulary
+from trainer.precision import autocast
+from trainer.schema import PrecisionConfig
+from trainer.step import to_device
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    loss: float
+    """Mean negative log likelihood of a target, nats; every target counts once."""
+    targets: int
+    authors_loss: float
+    """What the low-rank papers' evaluators print for the same model: the unweighted mean of batch means, divided by
+    one batch too many (their counter starts at 1; GaLore issue #30)."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def authors_perplexity(self) -> float:
+        return math.exp(min(self.authors_loss, 700.0))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, precision: PrecisionConfig) -> Evaluation:
+    """Measure `model` on this rank's share of held-out batches, and sum over the ranks.
+
+    The model is put into evaluation mode and back.
+    """
+    was_training = model.training
+    model.eval()
+    # (loss sum, targets, sum of batch means, batches)
+    sums = torch.zeros(4, dtype=torch.float64)
+    try:
+        for batch in batches:
+            moved = to_device(batch, world.device)
+            with autocast(precision, world.device):
+                logits = model(input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False).logits
+            loss = float(token_loss_sum(logits, moved.labels))
+            targets = int((batch.labels != IGNORE).sum())
+            sums += torch.tensor([loss, targets, loss / max(targets, 1), targets > 0], dtype=torch.float64)
+    finally:
+        model.train(was_training)
+    loss_sum, targets_sum, means, count = sum_over_ranks(world, sums).tolist()
+    return Evaluation(loss_sum / max(targets_sum, 1), int(targets_sum), means / (count + 1))
+
+
+def evaluate_run(run: Path, overrides: list[str], step: int | None) -> Evaluation:
+    """Measure the checkpoint of `run` at `step` (default: the newest good one) on held-out text, and print it.
+
+    Args:
+        overrides: options of `data`, `precision` and the like, in place of the run's own.
+
+    Raises:
+        UserError: no run, no checkpoint, or text and tokenizer that do not fit the model.
+    """
+    folder = open_run(run)
+    cfg = load_saved(folder.config, overrides)
+    check_hardware(cfg)
+    with connected(cfg.parallel, cfg.run.device.value, cfg.run.threads) as world:
+        checkpoint = open_checkpoint(folder, step, world)
+        corpus = build_corpus(cfg.data, seed=cfg.seed, process_rank=world.process_rank, barrier=world.barrier)
+        model, _ = load_model(cfg, folder, checkpoint, world.device)
+        check_vocabulary(model.config, corpus.vocab_size)
+        check_length(model.config, cfg.data.sequence_length)
+        batches = heldout_batches(
+            corpus.heldout,
+            micro_batch=cfg.train.micro_batch,
+            process_rank=world.process_rank,
+            process_count=world.process_count,
+            limit=cfg.data.eval_rows,
+        )
+        found = evaluate(model, batches, world, cfg.precision)
+        if world.leads:
+            rows = min(cfg.data.eval_rows or len(corpus.heldout), len(corpus.heldout))
+            print(f"step {checkpoint.step} of {run}, {rows:,} of {len(corpus.heldout):,} held-out rows, "
+                  f"{found.targets:,} targets")
+            print(f"  loss        {found.loss:.6f}  nats a token, every target weighs the same")
+            print(f"  perplexity  {found.perplexity:.4f}")
+            print(f"              {found.authors_perplexity:.4f}  as the low-rank papers' evaluators print it "
+                  "(loss * B/(B+1) for B batches: understated)")
+    return found

@@ -1,0 +1,200 @@
+"""When things happen: steps, log lines, evaluations, checkpoints, and how a run ends."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from optim.schedule import multiplier
+from parallel.collectives import sum_over_ranks
+from trainer.build import Built
+from trainer.checkpoint.store import CheckpointStore
+from trainer.data.stream import TrainStream, heldout_batches
+from trainer.errors import TrainingStopped
+from trainer.evaluate import Evaluation, evaluate
+from trainer.folder import identity
+from trainer.memory import Timeline
+from trainer.metrics import Throughput
+from trainer.recorder import Recorder
+from trainer.signals import Interrupted, StopRequest
+from trainer.state import optimizer_numbers, parameter_names, run_tensors
+from trainer.step import Stepped, train_step
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A training run in progress: what it is made of, where it stands, whom it tells."""
+
+    built: Built
+    stream: TrainStream
+    store: CheckpointStore
+    recorder: Recorder
+    throughput: Throughput
+    stop: StopRequest
+    step: int = 0
+    tokens: int = 0
+    """Token slots trained on: sequences times their length, over all ranks."""
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    first_evaluation: float | None = None
+    evaluation: Evaluation | None = None
+    saved_step: int | None = None
+    timelines: dict[str, Timeline] = field(default_factory=dict)
+    """Exact memory countings: `first` step of the process (with whatever it sets up) and the last `steady` one."""
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens `every` steps, and at the last one, happens now."""
+        return self.step == self.built.cfg.train.steps or (every > 0 and self.step % every == 0)
+
+    def meta(self) -> dict[str, Any]:
+        """Where the run stands, as numbers for a checkpoint's manifest."""
+        names = parameter_names(self.built.model)
+        return {
+            "step": self.step,
+            "data": self.stream.state(),
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "seconds": self.throughput.seconds,
+            "first_evaluation": self.first_evaluation,
+            "identity": identity(self.built.cfg),
+            "data_fingerprint": self.built.corpus.fingerprint,
+            "optimizer_numbers": optimizer_numbers(self.built.optimizer, names),
+        }
+
+
+def train(run: Run) -> None:
+    """Train until the last step.
+
+    Raises:
+        Interrupted: a signal asked for the end; the state is saved.
+        TrainingStopped: too many steps in a row were not finite.
+    """
+    cfg = run.built.cfg
+    first_step = run.step
+    if run.step == 0:
+        measure(run)
+    while run.step < cfg.train.steps:
+        batch = next(run.stream)
+        with counted(run, first_step):
+            stepped = train_step(run.built, batch, run.step, run.stop.number)
+        run.step += 1
+        run.tokens += cfg.train.global_batch * cfg.data.sequence_length
+        note_skip(run, stepped)
+        if run.due(cfg.train.log_every) or run.step == first_step + 1:
+            log(run, stepped)
+        if run.due(cfg.train.eval_every):
+            measure(run)
+        if run.due(cfg.checkpoint.every) or stepped.stop:
+            save(run)
+        if stepped.stop and run.step < cfg.train.steps:
+            name = signal.Signals(stepped.stop).name
+            raise Interrupted(stepped.stop, f"{name}: stopped after step {run.step} of {cfg.train.steps}, all saved")
+
+
+def log(run: Run, stepped: Stepped) -> None:
+    """Write one line of figures, the same on every rank, by rank 0."""
+    cfg = run.built.cfg
+    loss = sum_over_ranks(run.built.world, stepped.loss).item()
+    run.throughput.mark(run.step, run.tokens)
+    run.recorder.record(
+        {
+            "step": run.step,
+            "tokens": run.tokens,
+            "loss": loss,
+            "lr": cfg.optim.lr * multiplier(cfg.schedule, run.step - 1, cfg.train.steps),
+            "grad_norm": stepped.norm,
+            "tokens_per_second": run.throughput.tokens_per_second,
+            "seconds": run.throughput.seconds,
+            "memory": memory_now(run),
+            "skipped": run.skipped or None,
+        },
+        eta=run.throughput.eta,
+    )
+
+
+def measure(run: Run) -> None:
+    """Evaluate on held-out text and write what was found."""
+    cfg, world = run.built.cfg, run.built.world
+    with run.throughput.aside("eval"), run.recorder.phase("evaluating"), run.built.meter.phase("eval"):
+        batches = heldout_batches(
+            run.built.corpus.heldout,
+            micro_batch=cfg.train.micro_batch,
+            process_rank=world.process_rank,
+            process_count=world.process_count,
+            limit=cfg.data.eval_rows,
+        )
+        run.evaluation = evaluate(run.built.model, batches, world, cfg.precision)
+    if run.first_evaluation is None:
+        run.first_evaluation = run.evaluation.loss
+    run.recorder.record(
+        {
+            "step": run.step,
+            "tokens": run.tokens,
+            "seconds": run.throughput.seconds,
+            "eval_loss": run.evaluation.loss,
+            "eval_perplexity": run.evaluation.perplexity,
+            "eval_perplexity_authors": run.evaluation.authors_perplexity,
+        },
+        eta=run.throughput.eta,
+    )
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of this step, unless this very step is saved already."""
+    if run.saved_step == run.step:
+        return
+    built, world = run.built, run.built.world
+    with run.throughput.aside("save"), run.recorder.phase("saving"), built.meter.phase("save"):
+        tensors = run_tensors(built.model, built.optimizer, world.process_rank, world.device)
+        path = run.store.save(run.step, tensors, run.meta())
+    run.saved_step = run.step
+    run.recorder.notice(f"saved {path}")
+
+
+def note_skip(run: Run, stepped: Stepped) -> None:
+    """Count a step that was not applied; end the run where they follow each other too often."""
+    if stepped.applied:
+        run.skipped_in_a_row = 0
+        return
+    run.skipped += 1
+    run.skipped_in_a_row += 1
+    limit = run.built.cfg.train.max_skipped
+    run.recorder.warn(
+        f"step {run.step} skipped on all ranks: loss or gradient not finite (gradient norm {stepped.norm}); "
+        f"{run.skipped_in_a_row} in a row, the limit is {limit}"
+    )
+    if run.skipped_in_a_row >= limit:
+        last = f"the last good checkpoint is step {run.saved_step}" if run.saved_step else "no checkpoint was written yet"
+        raise TrainingStopped(
+            f"{run.skipped_in_a_row} steps in a row up to step {run.step} had a non-finite loss or gradient "
+            f"(train.max_skipped={limit}); {last}. Lower optim.lr, lengthen schedule.warmup, or set train.clip_norm."
+        )
+
+
+@contextmanager
+def counted(run: Run, first_step: int) -> Iterator[None]:
+    """Count this step's memory exactly where it is due: the process's first two steps, then as configured.
+
+    The first step holds what happens once (states born, a basis found), the second is like all others.
+    """
+    since, every = run.step - first_step, run.built.cfg.memory.sample_every
+    due = since < 2 or (every > 0 and since % every == 1)
+    counting: AbstractContextManager[Timeline | None] = run.built.meter.count_step() if due else nullcontext()
+    cfg = run.built.cfg
+    slots = cfg.train.global_batch * cfg.data.sequence_length
+    aside = run.throughput.aside("count", steps=1, tokens=slots) if due else nullcontext()
+    with aside, counting as timeline:
+        yield
+    if timeline is not None:
+        run.timelines["first" if since == 0 else "steady"] = timeline
+
+
+def memory_now(run: Run) -> dict[str, int]:
+    """Bytes by kind at the peak of the last counted step, held kinds as they are now."""
+    kinds = dict(run.built.meter.held())
+    if run.timelines:
+        peak = list(run.timelines.values())[-1].peak
+        kinds = {kind: max(size, kinds.get(kind, 0)) for kind, size in peak.by_kind.items()}
+    return kinds

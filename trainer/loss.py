@@ -1,0 +1,21 @@
+"""Cross entropy as a sum over counted targets; whoever sums also knows the global count to divide by."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from trainer.data import IGNORE
+
+
+def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log p(label) over positions whose label is not IGNORE; 0 where all are ignored.
+
+    A sum and not a mean: a mean of means weights short rows more, and is NaN for a rank whose labels are all
+    ignored. At least fp32, since bf16 has 8 bits for a sum over thousands of tokens.
+
+    Args:
+        logits: (rows, sequence, vocabulary), any float dtype.
+        labels: (rows, sequence) int64, already shifted.
+    """
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -1,0 +1,139 @@
+"""A transformers causal language model, from scratch or from a folder, ready to train.
+
+Any family that goes through transformers' `AutoModelForCausalLM` is taken as it is; nothing here edits its source.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from trainer.errors import UserError
+from trainer.precision import torch_dtype, widen_norms
+from trainer.schema import Dtype, Initial, ModelConfig
+
+ROUND_VOCABULARY = 8
+"""A vocabulary is rounded up to a multiple of this, so that rows of logits stay aligned for the kernels."""
+
+
+def model_config(
+    cfg: ModelConfig, tokenizer: transformers.PreTrainedTokenizerBase, needed: int
+) -> transformers.PretrainedConfig:
+    """Return the transformers configuration that `cfg` describes, with the tokenizer's special tokens.
+
+    Args:
+        needed: embeddings the tokenizer needs; where `cfg` leaves it open, the vocabulary is this, rounded up.
+    """
+    if cfg.path is not None:
+        return hub_config(cfg)
+    vocabulary = cfg.vocab_size or -(-needed // ROUND_VOCABULARY) * ROUND_VOCABULARY
+    return transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.kv_heads or cfg.heads,
+        max_position_embeddings=cfg.max_length,
+        tie_word_embeddings=cfg.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        attention_dropout=cfg.dropout,
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
+    """Read the configuration of `cfg.path`, a local folder or a hub name."""
+    try:
+        return transformers.AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError) as error:
+        what = "the folder's config.json cannot be read" if Path(str(cfg.path)).is_dir() else "no such folder or hub model"
+        raise UserError(f"model.path={cfg.path}: {what} ({first_line(error)}). Give a folder that holds a transformers "
+                        "model (config.json and *.safetensors), or a hub name reachable from here.") from error
+
+
+def build_model(
+    cfg: ModelConfig, config: transformers.PretrainedConfig, *, weights: Dtype, device: torch.device, seed: int
+) -> nn.Module:
+    """Make the model on `device` with weights in `weights`, from `seed` or from `cfg.path`, in training mode.
+
+    Raises:
+        UserError: the folder has no safetensors, or its weights do not fit its own configuration.
+    """
+    options: dict[str, Any] = {"attn_implementation": cfg.attention.value, "trust_remote_code": cfg.trust_remote_code}
+    # fp64 starts from the fp32 draw, so that both precisions train the same model.
+    dtype = torch.float32 if weights is Dtype.fp64 else torch_dtype(weights)
+    if cfg.weights is Initial.pretrained:
+        model = load_pretrained(cfg, config, dtype, options)
+    else:
+        torch.manual_seed(seed)
+        try:
+            with device:
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"model.attention={cfg.attention.value}: {type(config).__name__} cannot be built with it "
+                            f"({first_line(error)}). Try model.attention=eager.") from error
+    model.to(device=device, dtype=torch_dtype(weights))
+    if weights is Dtype.fp64:
+        widen_norms(model)
+    model.config.use_cache = False  # a cache would also switch off the mask between packed documents
+    model.train()
+    return model
+
+
+def load_pretrained(cfg: ModelConfig, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    """Load safetensors weights from a folder or the hub; other formats run code on loading and are refused."""
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            cfg.path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.path={cfg.path}: cannot load its weights ({first_line(error)}). A folder needs "
+                        "*.safetensors; convert others once with save_pretrained(..., safe_serialization=True).") from error
+    missing = sorted(set(info["missing_keys"]))
+    if missing:
+        raise UserError(f"model.path={cfg.path}: its files lack {len(missing)} weights, first {missing[0]}; "
+                        "training would start from random values there. Give a complete causal language model.")
+    return model
+
+
+def check_vocabulary(config: transformers.PretrainedConfig, need: int) -> None:
+    """Refuse a tokenizer that can produce ids (below `need`) the model has no embedding for."""
+    have = int(config.get_text_config().vocab_size)
+    if need > have:
+        raise UserError(f"data.tokenizer makes ids up to {need - 1}, the model has {have} embeddings. "
+                        f"Use the model's own tokenizer, or model.vocab_size={need} or more for a model from scratch.")
+
+
+def check_length(config: transformers.PretrainedConfig, sequence_length: int) -> None:
+    """Refuse rows longer than the positions the model knows."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UserError(f"data.sequence_length={sequence_length}: the model accepts at most {longest} tokens. "
+                        f"Use data.sequence_length={longest} or less.")
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep only each block's input and run the block again in backward (non-reentrant, dropout replayed)."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"activations=recompute: {type(model).__name__} has no blocks that transformers can recompute. "
+                        "Use activations=keep.")
+    # transformers renamed it between 5.17 and 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": True})  # type: ignore[operator]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of distinct weights (tied ones once)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, for use inside a message of our own."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,66 @@
+"""What weights are stored in and what products run in.
+
+| weights | compute | how |
+|---|---|---|
+| fp32 | fp32 | plain |
+| fp32 | bf16 | torch.autocast: products in bf16, norms, softmax and loss in fp32 |
+| bf16 | bf16 | plain; the optimizer's math stays fp32 |
+| fp64 | fp64 | for proofs of equality: RMSNorms, which transformers computes in fp32, are widened too |
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import UserError
+from trainer.schema import Dtype, PrecisionConfig
+
+TORCH_DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp64: torch.float64}
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """Return torch's dtype of a configured one."""
+    return TORCH_DTYPES[dtype]
+
+
+def autocast(cfg: PrecisionConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which forward runs."""
+    if cfg.weights is Dtype.fp32 and cfg.compute is Dtype.bf16:
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def wide_rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """RMSNorm in the dtype of its input: x / sqrt(mean(x^2) + eps) * w."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * module.weight  # type: ignore[operator]
+
+
+def wide_rms_norm_plus_one(module: nn.Module, x: Tensor) -> Tensor:
+    """Gemma's RMSNorm, whose weight is stored as its difference from 1, in the dtype of its input."""
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + module.weight)  # type: ignore[operator]
+
+
+def widen_norms(model: nn.Module) -> None:
+    """Make every RMSNorm of an fp64 model compute in fp64.
+
+    transformers casts their input to fp32, which would leave every result no better than 1e-7. Each replacement is
+    held against the module's own forward first, so an unknown variant is refused instead of changed.
+    """
+    for name, module in model.named_modules():
+        if "RMSNorm" not in type(module).__name__ or not hasattr(module, "weight"):
+            continue
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        probe = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
+        with torch.no_grad():
+            expected = module(probe)
+            for wide in (wide_rms_norm, wide_rms_norm_plus_one):
+                if torch.allclose(wide(module, probe), expected, rtol=1e-5, atol=1e-6):
+                    module.forward = MethodType(wide, module)
+                    break
+            else:
+                raise UserError(f"precision.weights=fp64: {name} ({type(module).__name__}) computes in fp32 in a way "
+                                "that is not known here. Use precision=fp32 for this model.")

@@ -1,0 +1,191 @@
+"""One training run from configuration to run folder: join, open, build, go on or begin, train, report."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload.config import Fate
+from parallel.collectives import gather_objects
+from parallel.launch import World, connected
+from trainer.build import Built, build
+from trainer.checkpoint.store import Checkpoint, CheckpointStore
+from trainer.data.stream import TrainStream
+from trainer.environment import environment
+from trainer.errors import TrainingStopped, UserError
+from trainer.folder import differences, identity, open_folder, plain, save_config
+from trainer.loop import Run, save, train
+from trainer.memory import by_kind_line
+from trainer.metrics import Throughput
+from trainer.model import first_line
+from trainer.progress import RunInfo
+from trainer.recorder import Recorder
+from trainer.schema import Config, Dtype
+from trainer.signals import Interrupted, StopRequest
+from trainer.state import restore
+from trainer.summary import draw, finish, resume_command, run_info
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves: its folder and the figures of summary.json."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def run(cfg: Config) -> Result:
+    """Train as `cfg` says.
+
+    Raises:
+        UserError: data, model files or a checkpoint do not fit.
+        TrainingStopped: non-finite loss past its limit, or out of memory.
+        Interrupted: a signal asked for the end; everything is saved.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(connected(cfg.parallel, cfg.run.device.value, cfg.run.threads))
+        agree_on_config(cfg, world)
+        stop = stack.enter_context(StopRequest())
+        folder = open_folder(cfg, world)
+        store = CheckpointStore(
+            folder.checkpoints, keep=cfg.checkpoint.keep, verify=cfg.checkpoint.verify, group=world.control
+        )
+        checkpoint = find_checkpoint(cfg, store)
+        built = build(cfg, world)
+        if world.leads:
+            save_config(cfg, folder.config)
+            folder.write_json("environment.json", environment())
+            built.corpus.tokenizer.save_pretrained(folder.tokenizer)
+        recorder = stack.enter_context(
+            Recorder(cfg, world, folder.path, run_info(built, folder), plain(cfg), start=checkpoint.step if checkpoint else 0)
+        )
+        training = begin(built, store, recorder, stop, checkpoint)
+        try:
+            train(training)
+        except (Interrupted, TrainingStopped) as ended:
+            if world.leads:
+                draw(training, folder)
+            if isinstance(ended, Interrupted):
+                recorder.notice(f"go on with: {resume_command(cfg, folder)}")
+            raise
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(out_of_memory(training, error)) from error
+        save(training)
+        return Result(folder.path, finish(training, folder, recorder))
+
+
+def agree_on_config(cfg: Config, world: World) -> None:
+    """Refuse to start ranks that were given different configurations: they would wait for each other for ever."""
+    everyone = gather_objects(world, plain(cfg))
+    for rank, other in enumerate(everyone):
+        found = differences(flat(everyone[0]), flat(other))
+        if found:
+            raise UserError(f"rank {rank} was started with another configuration than rank 0 ({'; '.join(found)}). "
+                            "Give every rank the same command line.")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out
+
+
+def find_checkpoint(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
+    """Return the checkpoint to go on from, None to begin.
+
+    Raises:
+        UserError: `train.resume` names nothing usable, or the checkpoint is of another model, optimizer or data.
+    """
+    if cfg.train.resume == "auto":
+        checkpoint = store.newest()
+    elif cfg.train.resume == "never":
+        checkpoint = store.newest()
+        if checkpoint is not None:
+            raise UserError(f"train.resume=never: {store.folder} already holds step {checkpoint.step}. "
+                            "Use another run.dir, or train.resume=auto to go on.")
+    else:
+        checkpoint = store.open(Path(cfg.train.resume))
+    if checkpoint is None:
+        return None
+    saved, asked = checkpoint.meta["identity"], identity(cfg)
+    found = differences(saved["state"], asked["state"])
+    if found:
+        raise UserError(f"{checkpoint.path} is of another run ({'; '.join(found)}). "
+                        "Give its own options, or train elsewhere with another run.dir.")
+    found = differences(saved["order"], asked["order"])
+    if found and cfg.train.resume == "auto":
+        raise UserError(f"{checkpoint.path} was trained on other data ({'; '.join(found)}). Give its own options, or "
+                        f"start a run of its own from it with another run.dir and train.resume={checkpoint.path}.")
+    return checkpoint
+
+
+def begin(
+    built: Built, store: CheckpointStore, recorder: Recorder, stop: StopRequest, checkpoint: Checkpoint | None
+) -> Run:
+    """Return the run at its first step, or as `checkpoint` left it."""
+    cfg, world = built.cfg, built.world
+    stream = TrainStream(
+        built.corpus.train,
+        seed=cfg.seed,
+        global_batch=cfg.train.global_batch,
+        micro_batch=cfg.train.micro_batch,
+        process_rank=world.process_rank,
+        process_count=world.process_count,
+    )
+    where: dict[str, Any] = {}
+    if checkpoint is not None:
+        restore(checkpoint, built.model, built.optimizer, seed=cfg.seed, rank=world.process_rank, device=world.device)
+        where = dict(checkpoint.meta)
+        same_options = not differences(where["identity"]["order"], identity(cfg)["order"])
+        same_data = same_options and where["data_fingerprint"] == built.corpus.fingerprint
+        if same_options and not same_data and cfg.train.resume == "auto":
+            raise UserError(f"{checkpoint.path}: the text behind data.path={cfg.data.path} has changed since; going on would "
+                            "repeat and leave out samples. Restore it, or start a run of its own with another run.dir "
+                            f"and train.resume={checkpoint.path}.")
+        if same_data:
+            stream.restore(where["data"])
+            recorder.notice(f"going on from {checkpoint.path}")
+        else:
+            recorder.notice(f"going on from {checkpoint.path}, at the beginning of other data")
+    throughput = Throughput(
+        total_steps=cfg.train.steps,
+        step=where.get("step", 0),
+        tokens=where.get("tokens", 0),
+        seconds=where.get("seconds", 0.0),
+        every={"eval": cfg.train.eval_every, "save": cfg.checkpoint.every},
+    )
+    return Run(
+        built=built,
+        stream=stream,
+        store=store,
+        recorder=recorder,
+        throughput=throughput,
+        stop=stop,
+        step=where.get("step", 0),
+        tokens=where.get("tokens", 0),
+        skipped=where.get("skipped", 0),
+        skipped_in_a_row=where.get("skipped_in_a_row", 0),
+        first_evaluation=where.get("first_evaluation"),
+        saved_step=where.get("step"),
+    )
+
+
+def out_of_memory(training: Run, error: BaseException) -> str:
+    """Say what the memory went to, and what would need less."""
+    peaks = [timeline.peak for timeline in training.timelines.values()]
+    held = training.built.meter.held()
+    where = by_kind_line(max(peaks, key=lambda peak: peak.total).by_kind) if peaks else by_kind_line(held)
+    cfg = training.built.cfg
+    smaller = max(1, cfg.train.micro_batch // 2)
+    advice = [f"train.micro_batch={smaller}"] if smaller < cfg.train.micro_batch else []
+    advice += ["activations=recompute"] if cfg.activations.fate is Fate.keep else []
+    advice += ["precision=bf16"] if cfg.precision.compute is Dtype.fp32 else []
+    advice += ["optim=galore"] if cfg.optim.name == "adamw" else []
+    return (
+        f"out of memory at step {training.step + 1} ({first_line(error)}). Counted before: {where}. "
+        f"Needs less: {', '.join(advice) or 'a smaller model or data.sequence_length'}."
+    )

@@ -1,0 +1,227 @@
+"""The configuration of a run: every option, its type, its default and what it means.
+
+The dataclasses of a group live with the code that obeys them; this file holds the rest and the root.
+Nothing here imports torch: a mistake is reported before anything slow begins. `problems()` names what one section can
+see by itself, in the form `key=asked: what is wrong; what to do`; `trainer.check` holds the sections against each other
+and against the machine's files.
+"""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+
+from offload.config import ActivationsConfig, OffloadConfig
+from optim.config import OptimConfig, ScheduleConfig
+from parallel.config import ParallelConfig
+from trainer.data.config import DataConfig
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp64 = "fp64"
+
+
+class Attention(Enum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Initial(Enum):
+    """Where the first weights come from."""
+
+    random = "random"
+    pretrained = "pretrained"
+
+
+PRECISIONS = (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("fp64", "fp64"))
+"""(weights, compute) pairs that `trainer.precision` knows how to run."""
+
+
+def shown(value: object) -> str:
+    """Return a value as the user writes it on the command line."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ",".join(map(shown, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def too_small(section: str, config: object, **least: int) -> list[str]:
+    """Report every option of `config` below its least value; None is left alone."""
+    values = {name: getattr(config, name) for name in least}
+    return [
+        f"{section}.{name}={value}: must be at least {least[name]}; use {section}.{name}={least[name]} or more"
+        for name, value in values.items()
+        if value is not None and value < least[name]
+    ]
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str = "train"
+    """Folder under `runs/` that collects runs of this name."""
+    dir: str | None = None
+    """Exact run folder; default runs/<name>/<date-time>."""
+    device: Device = Device.auto
+    """auto takes CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads of each process; default: the cores shared out over the processes."""
+    deterministic: bool = True
+    """On CUDA, kernels that give the same bits every time (attention backward included)."""
+
+    def problems(self) -> list[str]:
+        found = too_small("run", self, threads=1)
+        if not re.fullmatch(r"[\w.+=,@-]+", self.name) or set(self.name) == {"."}:
+            found.append(f"run.name={self.name!r}: names a folder under runs/; use letters, digits and . _ - only")
+        if self.dir is not None and not self.dir.strip():
+            found.append("run.dir='': is empty; name a folder, or leave it out for runs/<name>/<date-time>")
+        return found
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str = "llama_tiny"
+    """Set by `model=...`; `hf` takes architecture and weights from `model.path`."""
+    path: str | None = None
+    """model=hf: local folder (safetensors) or hub name of any transformers causal language model."""
+    weights: Initial = Initial.random
+    """random: initialised from `seed`; pretrained: read from `model.path`."""
+    hidden_size: int | None = 256
+    """Width of the residual stream."""
+    intermediate_size: int | None = 688
+    """Width inside the MLP."""
+    layers: int | None = 4
+    """Decoder blocks."""
+    heads: int | None = 4
+    """Attention heads; each is hidden_size / heads wide."""
+    kv_heads: int | None = None
+    """Key and value heads (GQA); default: as many as `heads`."""
+    vocab_size: int | None = None
+    """Default: the tokenizer's size, rounded up to a multiple of 8; llama_60m and larger say 32000."""
+    max_length: int | None = 2048
+    """Longest sequence the model accepts (max_position_embeddings)."""
+    tie_embeddings: bool | None = False
+    """Whether the output head shares the embedding's weights."""
+    rope_theta: float | None = 10000.0
+    """Base of the rotary position embedding."""
+    dropout: float | None = 0.0
+    """Attention dropout."""
+    attention: Attention = Attention.sdpa
+    """Attention kernel of transformers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Off unless you trust its author."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    steps: int = 300
+    """Optimizer steps of the whole run; a resumed run goes on to this number."""
+    global_batch: int = 16
+    """Sequences per step, over all ranks and micro-steps."""
+    micro_batch: int = 16
+    """Sequences per rank and micro-step; what is missing to the global batch is accumulated."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down. 0: no clipping."""
+    log_every: int = 10
+    """Steps between two lines in metrics.jsonl and on the display."""
+    eval_every: int = 100
+    """Steps between two held-out evaluations; the first and last step are always evaluated. 0: only those."""
+    resume: str = "auto"
+    """auto: go on from the newest good checkpoint in the run folder; never: refuse a folder that has one; or a PATH."""
+    max_skipped: int = 20
+    """Steps in a row skipped for a non-finite loss or gradient (on all ranks) before the run stops with exit code 3."""
+
+    def problems(self) -> list[str]:
+        found = too_small(
+            "train", self, steps=1, global_batch=1, micro_batch=1, log_every=1, eval_every=0, max_skipped=1
+        )
+        if not self.clip_norm >= 0:
+            found.append(f"train.clip_norm={self.clip_norm}: must be at least 0; 0 switches clipping off, 1.0 is usual")
+        if not self.resume.strip():
+            found.append("train.resume='': is empty; use auto, never, or the path of a checkpoint")
+        return found
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    weights: Dtype = Dtype.fp32
+    """What weights are stored in."""
+    compute: Dtype = Dtype.fp32
+    """What matrix products run in; bf16 over fp32 weights is autocast."""
+
+    def problems(self) -> list[str]:
+        asked = (self.weights.value, self.compute.value)
+        if asked in PRECISIONS:
+            return []
+        known = ", ".join(f"{weights}/{compute}" for weights, compute in PRECISIONS)
+        return [
+            f"precision.weights={asked[0]} with precision.compute={asked[1]}: is not available; weights/compute may be "
+            f"{known} (precision=fp32, bf16, bf16_pure, fp64)"
+        ]
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 100
+    """Steps between two checkpoints; the last step is always saved. 0: only the last."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones go once a newer one is verified. 0: keep all."""
+    verify: bool = True
+    """Whether a load compares every file with its SHA-256 digest."""
+
+    def problems(self) -> list[str]:
+        return too_small("checkpoint", self, every=0, keep=0)
+
+
+@dataclass(kw_only=True)
+class TrackConfig:
+    to: str = "none"
+    """none, or one of accelerate's trackers: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab,
+    trackio."""
+    project: str = "stowage"
+    """Project name given to the tracker."""
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """Not a group: options of the memory accounting."""
+
+    sample_every: int = 0
+    """Steps between two exact countings of activations and workspace; 0: one early in the run."""
+
+    def problems(self) -> list[str]:
+        return too_small("memory", self, sample_every=0)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that defines a run."""
+
+    seed: int = 0
+    """Seed of weights, data order and dropout."""
+    recipe: str | None = None
+    """Set by `recipe=...`: the recipe this run follows, a name in recipes/ or a folder with a config.yaml."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    def problems(self) -> list[str]:
+        return [] if 0 <= self.seed < 2**63 else [f"seed={self.seed}: must lie between 0 and 2**63 - 1, such as seed=0"]

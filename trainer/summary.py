@@ -1,0 +1,130 @@
+"""What a finished run leaves behind: summary.json, memory.json, the plots, and the table at the end."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from optim import registry
+from optim.config import AdamWConfig
+from trainer.build import Built
+from trainer.folder import RunFolder
+from trainer.loop import Run
+from trainer.metrics import read_metrics
+from trainer.model import parameter_count
+from trainer.plots import plot_loss, plot_memory
+from trainer.precision import torch_dtype
+from trainer.progress import RunInfo
+from trainer.recorder import Recorder
+from trainer.report import Memory, Outcome, print_report
+from trainer.schema import Config, PrecisionConfig
+
+
+def run_info(built: Built, folder: RunFolder) -> RunInfo:
+    """What the display says about the run as a whole."""
+    cfg, device = built.cfg, built.world.device
+    return RunInfo(
+        name=cfg.recipe or cfg.run.name,
+        model=cfg.model.name if cfg.model.path is None else Path(cfg.model.path).name,
+        parameters=parameter_count(built.model),
+        optimizer=cfg.optim.name,
+        device=device.type,
+        ranks=built.world.process_count,
+        precision=precision_text(cfg.precision),
+        run_dir=folder.path,
+    )
+
+
+def precision_text(cfg: PrecisionConfig) -> str:
+    """`fp32`, or `fp32 weights, bf16 products` where they differ."""
+    weights, compute = cfg.weights.value, cfg.compute.value
+    return weights if weights == compute else f"{weights} weights, {compute} products"
+
+
+def resume_command(cfg: Config, folder: RunFolder) -> str:
+    """The command that goes on with this run: what was typed, and the folder."""
+    typed = [a for a in sys.argv[1:] if a != "train" and not a.startswith("run.dir=")]
+    return " ".join(["stowage train", *typed, f"run.dir={folder.path}"])
+
+
+def state_sizes(run: Run) -> tuple[int, int]:
+    """Bytes of this run's optimizer states and of plain AdamW's on the same model, both from the methods' formulas."""
+    cfg, model = run.built.cfg, run.built.model
+    shapes = [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
+    dtype = torch_dtype(cfg.precision.weights)
+    return registry.state_bytes(cfg.optim, shapes, dtype), registry.state_bytes(AdamWConfig(), shapes, dtype)
+
+
+def finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
+    """Write summary.json, memory.json and the plots, and print the final table. Rank 0 does; others return the same."""
+    cfg, throughput = run.built.cfg, run.throughput
+    peaks = {name: timeline.peak for name, timeline in run.timelines.items()}
+    own_states, adamw_states = state_sizes(run)
+    summary: dict[str, Any] = {
+        "steps": run.step,
+        "tokens": run.tokens,
+        "seconds": throughput.seconds,
+        "tokens_per_second": throughput.average,
+        "parameters": parameter_count(run.built.model),
+        "optimizer": cfg.optim.name,
+        "state_bytes": own_states,
+        "adamw_state_bytes": adamw_states,
+        "skipped": run.skipped,
+        "eval_loss_first": run.first_evaluation,
+    }
+    if run.evaluation is not None:
+        summary |= {
+            "eval_loss": run.evaluation.loss,
+            "eval_perplexity": run.evaluation.perplexity,
+            "eval_perplexity_authors": run.evaluation.authors_perplexity,
+            "eval_targets": run.evaluation.targets,
+        }
+    outcome = None
+    if peaks:
+        peak = max(peaks.values(), key=lambda found: found.total)
+        steady = peaks.get("steady", peak)
+        summary |= {"memory": peak.by_kind, "memory_peak": peak.total, "memory_peak_phase": peak.phase}
+        outcome = Outcome(
+            name=cfg.recipe or cfg.run.name,
+            steps=run.step,
+            tokens=run.tokens,
+            seconds=throughput.seconds,
+            tokens_per_second=throughput.average,
+            memory=Memory(label=cfg.optim.name, by_kind=peak.by_kind),
+            baseline=None
+            if cfg.optim.name == "adamw"
+            else Memory(label="adamw", by_kind={**steady.by_kind, "states": adamw_states}),
+            phase=peak.phase,
+            first_loss=run.first_evaluation,
+            last_loss=summary.get("eval_loss"),
+            perplexity=summary.get("eval_perplexity"),
+            authors_perplexity=summary.get("eval_perplexity_authors"),
+            skipped=run.skipped,
+            written={
+                "run folder": folder.path,
+                "loss plot": folder.plots / "loss.png",
+                "memory plot": folder.plots / "memory.png",
+                "figures": folder.metrics,
+                "checkpoint": run.store.folder,
+            },
+        )
+    if run.built.world.leads:
+        folder.write_json("summary.json", summary)
+        draw(run, folder)
+        recorder.close()
+        if outcome is not None:
+            print_report(outcome)
+    return summary
+
+
+def draw(run: Run, folder: RunFolder) -> None:
+    """Write memory.json and both plots. A plot that cannot be drawn is said, and loses nothing else."""
+    if run.timelines:
+        folder.write_json("memory.json", {"measured": {name: t.to_json() for name, t in run.timelines.items()}})
+    records = read_metrics(folder.metrics)
+    try:
+        plot_loss(records, folder.plots / "loss.png", title=f"Loss: {run.built.cfg.run.name}")
+        if run.timelines:
+            name, timeline = list(run.timelines.items())[-1]
+            plot_memory(timeline, folder.plots / "memory.png", title=f"Memory over one step ({name})")
+    except Exception as error:
+        run.recorder.warn(f"no plots: {type(error).__name__}: {error}")
