@@ -41,7 +41,9 @@ def train_job(overrides: list[str]) -> Job:
             status, output = call(["-m", "trainer", *overrides, f"run.dir={folder}/run"], seconds)
             if status:
                 return {"exit": status, "output": output}
-            found = {name: json.loads((Path(folder) / "run" / f"{name}.json").read_text()) for name in ("summary", "memory")}
+            found = {
+                name: json.loads((Path(folder) / "run" / f"{name}.json").read_text()) for name in ("summary", "memory")
+            }
             return {"exit": 0, "command": "python -m trainer " + " ".join(overrides), **found}
 
     return job
@@ -53,27 +55,51 @@ def gpu_tests(seconds: float) -> dict[str, Any]:
     return {"exit": status, "output": output}
 
 
-LLAMA_130M = ["model=llama_130m", "precision=bf16", "data.sequence_length=256", "train.global_batch=64",
-              "train.micro_batch=64"]
+LLAMA_130M = [
+    "model=llama_130m",
+    "precision=bf16",
+    "data.sequence_length=256",
+    "train.global_batch=64",
+    "train.micro_batch=64",
+]
 
 
 def counter_on_cpu(seconds: float) -> dict[str, Any]:
     """The same two steps counted on the CPU: by kind it should tell what the GPU's count tells."""
-    return train_job([*LLAMA_130M, "train.micro_batch=8", "train.global_batch=8", "train.steps=2", "run.device=cpu",
-                      "data.eval_rows=1", "checkpoint.every=0"])(seconds)
+    return train_job(
+        [
+            *LLAMA_130M,
+            "train.micro_batch=8",
+            "train.global_batch=8",
+            "train.steps=2",
+            "run.device=cpu",
+            "data.eval_rows=1",
+            "checkpoint.every=0",
+        ]
+    )(seconds)
 
 
 def counter_on_gpu(seconds: float) -> dict[str, Any]:
     """As `counter_on_cpu`, on the GPU, where the allocator's figures are the truth."""
-    return train_job([*LLAMA_130M, "train.micro_batch=8", "train.global_batch=8", "train.steps=2", "run.device=cuda",
-                      "data.eval_rows=1", "checkpoint.every=0"])(seconds)
+    return train_job(
+        [
+            *LLAMA_130M,
+            "train.micro_batch=8",
+            "train.global_batch=8",
+            "train.steps=2",
+            "run.device=cuda",
+            "data.eval_rows=1",
+            "checkpoint.every=0",
+        ]
+    )(seconds)
 
 
 def loop_overhead(seconds: float) -> dict[str, Any]:
     """Tokens per second beside the bare loop, llama_130m in bf16."""
     with tempfile.TemporaryDirectory() as folder:
-        status, output = call(["-m", "benchmarks.loop_overhead", "--pairs", "3", "--steps", "60", "--out", folder,
-                               *LLAMA_130M], seconds)
+        status, output = call(
+            ["-m", "benchmarks.loop_overhead", "--pairs", "3", "--steps", "60", "--out", folder, *LLAMA_130M], seconds
+        )
         result = Path(folder) / "loop_overhead.json"
         return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
 
@@ -111,11 +137,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=sorted(SUITES), help="run only this one")
     parser.add_argument("--minutes", type=float, default=20.0, help="time for everything (default 20)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON files (default benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the JSON files (default benchmarks/results)"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("benchmarks.gpu needs a CUDA device and found none. The CPU benchmarks are the other files of benchmarks/; "
-              "`make test` runs what needs no GPU.", file=sys.stderr)
+        print(
+            "benchmarks.gpu needs a CUDA device and found none. The CPU benchmarks are the other files of benchmarks/; "
+            "`make test` runs what needs no GPU.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     until = time.monotonic() + 60 * args.minutes
     failed = []
@@ -123,8 +154,10 @@ def main() -> None:
         found = run_suite(name, until)
         path = write_result(f"gpu_{name}", found, args.out)
         jobs = {job: result for job, result in found.items() if isinstance(result, dict)}
-        print_table(["job", "exit", "seconds"],
-                    [[job, str(result.get("exit", 0)), str(result["wall_seconds"])] for job, result in jobs.items()])
+        print_table(
+            ["job", "exit", "seconds"],
+            [[job, str(result.get("exit", 0)), str(result["wall_seconds"])] for job, result in jobs.items()],
+        )
         print("written to", path)
         failed += [job for job, result in jobs.items() if result.get("exit", 0)]
     sys.exit(1 if failed else 0)

@@ -21,8 +21,15 @@ import torch
 from benchmarks.report import print_table, spread, write_result
 
 WINDOW = 10
-OVERRIDES = ["optim=adamw", "schedule=constant", "train.eval_every=0", "checkpoint.every=0", "data.eval_rows=1",
-             f"train.log_every={WINDOW}", "train.resume=never"]
+OVERRIDES = [
+    "optim=adamw",
+    "schedule=constant",
+    "train.eval_every=0",
+    "checkpoint.every=0",
+    "data.eval_rows=1",
+    f"train.log_every={WINDOW}",
+    "train.resume=never",
+]
 
 
 def stowage_arm(overrides: list[str], steps: int) -> float:
@@ -33,8 +40,9 @@ def stowage_arm(overrides: list[str], steps: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         run(load([*OVERRIDES, *overrides, f"train.steps={steps}", f"run.dir={folder}/run"]))
-        marks = [r for r in read_metrics(Path(folder) / "run" / "metrics.jsonl")
-                 if "loss" in r and r["step"] % WINDOW == 0]
+        marks = [
+            r for r in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "loss" in r and r["step"] % WINDOW == 0
+        ]
     # the first windows warm up and hold the two counted steps
     gaps = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(marks[1:], marks[2:], strict=False)]
     return statistics.median(gaps)
@@ -53,8 +61,14 @@ def bare_arm(overrides: list[str], steps: int) -> float:
     cfg = load([*OVERRIDES, *overrides, f"train.steps={steps}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     corpus, _, model = build_parts(cfg, World(device=device))
-    stream = TrainStream(corpus.train, seed=cfg.seed, global_batch=cfg.train.global_batch,
-                         micro_batch=cfg.train.micro_batch, process_rank=0, process_count=1)
+    stream = TrainStream(
+        corpus.train,
+        seed=cfg.seed,
+        global_batch=cfg.train.global_batch,
+        micro_batch=cfg.train.micro_batch,
+        process_rank=0,
+        process_count=1,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optim.lr, weight_decay=0.0, fused=True)
     times, began = [], 0.0
     for step in range(steps):
@@ -66,8 +80,9 @@ def bare_arm(overrides: list[str], steps: int) -> float:
             began = now
         batch = next(stream)
         for micro in batch.micros:
-            logits = model(input_ids=micro.input_ids.to(device), position_ids=micro.position_ids.to(device),
-                           use_cache=False).logits
+            logits = model(
+                input_ids=micro.input_ids.to(device), position_ids=micro.position_ids.to(device), use_cache=False
+            ).logits
             labels = micro.labels.to(device)
             loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / batch.targets
             del logits
@@ -94,11 +109,20 @@ def measure(overrides: list[str], steps: int, pairs: int) -> dict[str, object]:
     ratios = {arm: [t / b for t, b in zip(seconds[arm], seconds["bare"], strict=True)] for arm in seconds}
     print_table(
         ["arm", "ms a step (median)", "min", "max", "ratio to bare (median)", "min", "max"],
-        [[arm, *(f"{1000 * v:.1f}" for v in spread(seconds[arm]).values()),
-          *(f"{v:.3f}" for v in spread(ratios[arm]).values())] for arm in seconds],
+        [
+            [
+                arm,
+                *(f"{1000 * v:.1f}" for v in spread(seconds[arm]).values()),
+                *(f"{v:.3f}" for v in spread(ratios[arm]).values()),
+            ]
+            for arm in seconds
+        ],
     )
     return {
-        "overrides": overrides, "steps": steps, "pairs": pairs, "bar": "stowage / bare <= 1.02",
+        "overrides": overrides,
+        "steps": steps,
+        "pairs": pairs,
+        "bar": "stowage / bare <= 1.02",
         "seconds_per_step": {arm: spread(v) for arm, v in seconds.items()},
         "ratio": {arm: spread(v) for arm, v in ratios.items()},
     }

@@ -3,16 +3,18 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel.config import ParallelConfig
 from parallel.launch import World
 
 
-def sum_gradients(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def sum_gradients(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """Sum a bucket over the ranks. DDP's own hook averages, but our losses are already divided by the global count."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+    summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return summed
 
 
 def replicate(model: nn.Module, world: World, cfg: ParallelConfig) -> nn.Module:

@@ -16,6 +16,7 @@ from offload.config import Fate
 from optim import registry
 from parallel.launch import World
 from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.leak import check_documents_apart
 from trainer.engines.torch_engine import TorchEngine
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config, recompute_blocks
@@ -51,6 +52,7 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     check_vocabulary(config, corpus.vocab_size)
     check_length(config, cfg.data.sequence_length)
     model = build_model(cfg.model, config, weights=cfg.precision.weights, device=world.device, seed=cfg.seed)
+    check_documents_apart(model, corpus.vocab_size, cfg.data.packing)
     return corpus, config, model
 
 

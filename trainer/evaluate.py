@@ -96,10 +96,14 @@ def evaluate_run(run: Path, overrides: list[str], step: int | None) -> Evaluatio
         found = evaluate(model, batches, world, cfg.precision)
         if world.leads:
             rows = min(cfg.data.eval_rows or len(corpus.heldout), len(corpus.heldout))
-            print(f"step {checkpoint.step} of {run}, {rows:,} of {len(corpus.heldout):,} held-out rows, "
-                  f"{found.targets:,} targets")
+            print(
+                f"step {checkpoint.step} of {run}, {rows:,} of {len(corpus.heldout):,} held-out rows, "
+                f"{found.targets:,} targets"
+            )
             print(f"  loss        {found.loss:.6f}  nats a token, every target weighs the same")
             print(f"  perplexity  {found.perplexity:.4f}")
-            print(f"              {found.authors_perplexity:.4f}  as the low-rank papers' evaluators print it "
-                  "(loss * B/(B+1) for B batches: understated)")
+            print(
+                f"              {found.authors_perplexity:.4f}  as the low-rank papers' evaluators print it "
+                "(loss * B/(B+1) for B batches: understated)"
+            )
     return found

@@ -33,12 +33,14 @@ def export_run(run: Path, target: Path, step: int | None) -> Path:
     transformers.utils.logging.disable_progress_bar()
     try:
         aside.mkdir(parents=True)
-        model.config.use_cache = True  # switched off for training only
+        model.config.use_cache = True  # type: ignore[union-attr]  # switched off for training only
         model.save_pretrained(aside)  # type: ignore[operator]
         tokenizer.save_pretrained(aside)
         os.replace(aside, target)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}). Give a folder you may write to.") from error
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror or error}). Give a folder you may write to."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     print(f"exported step {checkpoint.step} of {run} to {target}")

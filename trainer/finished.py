@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 from parallel.launch import World
-from trainer.checkpoint.store import Checkpoint, CheckpointStore
+from trainer.checkpoint.checkpoint import Checkpoint
+from trainer.checkpoint.store import CheckpointStore
 from trainer.data.tokenizer import vocabulary_size
 from trainer.errors import UserError
 from trainer.folder import RunFolder
@@ -41,7 +42,9 @@ def open_checkpoint(folder: RunFolder, step: int | None, world: World) -> Checkp
         return store.open(folder.checkpoints / f"step_{step:08d}")
     checkpoint = store.newest()
     if checkpoint is None:
-        raise UserError(f"{folder.path} has no usable checkpoint. Train it to one first: checkpoint.every sets how often.")
+        raise UserError(
+            f"{folder.path} has no usable checkpoint. Train it to one first: checkpoint.every sets how often."
+        )
     return checkpoint
 
 
@@ -58,7 +61,11 @@ def load_model(
     # the weights come from the checkpoint: no need to read the pretrained ones first
     drawn = replace(cfg.model, weights=Initial.random)
     model = build_model(
-        drawn, model_config(drawn, tokenizer, vocabulary_size(tokenizer)), weights=cfg.precision.weights, device=device, seed=cfg.seed
+        drawn,
+        model_config(drawn, tokenizer, vocabulary_size(tokenizer)),
+        weights=cfg.precision.weights,
+        device=device,
+        seed=cfg.seed,
     )
     checkpoint.load(dict(model_tensors(model)), leave=("*",))
     return model.eval(), tokenizer

@@ -100,15 +100,31 @@ def save_config(cfg: Config, path: Path) -> None:
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
 
 
-DATA_ORDER = ("source", "path", "eval_fraction", "tokenizer", "sequence_length", "packing", "text_field",
-              "messages_field", "chat_template", "train_on_prompt", "name", "split", "streaming", "shuffle_buffer")
+DATA_ORDER = (
+    "source",
+    "path",
+    "eval_fraction",
+    "tokenizer",
+    "sequence_length",
+    "packing",
+    "text_field",
+    "messages_field",
+    "chat_template",
+    "train_on_prompt",
+    "name",
+    "split",
+    "streaming",
+    "shuffle_buffer",
+)
 """Options of `data` that decide which sample has which index. Evaluation and cache options do not."""
 
 
 def identity(cfg: Config) -> dict[str, dict[str, Any]]:
     """Return what a checkpoint must agree on: `state` to be loadable at all, `order` to go on in the same data."""
     values = plain(cfg)
-    model = {f"model.{k}": v for k, v in values["model"].items() if k not in ("trust_remote_code", "attention", "weights")}
+    model = {
+        f"model.{k}": v for k, v in values["model"].items() if k not in ("trust_remote_code", "attention", "weights")
+    }
     state = {**model, "optim.name": values["optim"]["name"], "precision.weights": values["precision"]["weights"]}
     order = {"seed": values["seed"], **{f"data.{key}": values["data"][key] for key in DATA_ORDER}}
     return {"state": state, "order": order}
@@ -118,5 +134,3 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """Describe the options in which two identities differ."""
     keys = sorted(saved.keys() | asked.keys())
     return [f"{k}: saved {saved.get(k)}, asked {asked.get(k)}" for k in keys if saved.get(k) != asked.get(k)]
-
-

@@ -166,7 +166,9 @@ def note_skip(run: Run, stepped: Stepped) -> None:
         f"{run.skipped_in_a_row} in a row, the limit is {limit}"
     )
     if run.skipped_in_a_row >= limit:
-        last = f"the last good checkpoint is step {run.saved_step}" if run.saved_step else "no checkpoint was written yet"
+        last = (
+            f"the last good checkpoint is step {run.saved_step}" if run.saved_step else "no checkpoint was written yet"
+        )
         raise TrainingStopped(
             f"{run.skipped_in_a_row} steps in a row up to step {run.step} had a non-finite loss or gradient "
             f"(train.max_skipped={limit}); {last}. Lower optim.lr, lengthen schedule.warmup, or set train.clip_norm."
@@ -192,9 +194,7 @@ def counted(run: Run, first_step: int) -> Iterator[None]:
 
 
 def memory_now(run: Run) -> dict[str, int]:
-    """Bytes by kind at the peak of the last counted step, held kinds as they are now."""
-    kinds = dict(run.built.meter.held())
+    """Bytes by kind at the peak of the last counted step; before there is one, of the kinds held between steps."""
     if run.timelines:
-        peak = list(run.timelines.values())[-1].peak
-        kinds = {kind: max(size, kinds.get(kind, 0)) for kind, size in peak.by_kind.items()}
-    return kinds
+        return list(run.timelines.values())[-1].peak.by_kind
+    return run.built.meter.held()

@@ -53,9 +53,13 @@ def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
     try:
         return transformers.AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError) as error:
-        what = "the folder's config.json cannot be read" if Path(str(cfg.path)).is_dir() else "no such folder or hub model"
-        raise UserError(f"model.path={cfg.path}: {what} ({first_line(error)}). Give a folder that holds a transformers "
-                        "model (config.json and *.safetensors), or a hub name reachable from here.") from error
+        what = (
+            "the folder's config.json cannot be read" if Path(str(cfg.path)).is_dir() else "no such folder or hub model"
+        )
+        raise UserError(
+            f"model.path={cfg.path}: {what} ({first_line(error)}). Give a folder that holds a transformers "
+            "model (config.json and *.safetensors), or a hub name reachable from here."
+        ) from error
 
 
 def build_model(
@@ -77,12 +81,16 @@ def build_model(
             with device:
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         except (ImportError, ValueError) as error:
-            raise UserError(f"model.attention={cfg.attention.value}: {type(config).__name__} cannot be built with it "
-                            f"({first_line(error)}). Try model.attention=eager.") from error
-    model.to(device=device, dtype=torch_dtype(weights))
+            raise UserError(
+                f"model.attention={cfg.attention.value}: {type(config).__name__} cannot be built with it "
+                f"({first_line(error)}). Try model.attention=eager."
+            ) from error
+    if any(tensor.device != device for tensor in model.parameters()):
+        model.to(device)
     if weights is Dtype.fp64:
+        model.to(torch.float64)
         widen_norms(model)
-    model.config.use_cache = False  # a cache would also switch off the mask between packed documents
+    model.config.use_cache = False  # type: ignore[union-attr]  # a cache would also switch off the mask between packed documents
     model.train()
     return model
 
@@ -94,12 +102,16 @@ def load_pretrained(cfg: ModelConfig, config: Any, dtype: torch.dtype, options: 
             cfg.path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.path={cfg.path}: cannot load its weights ({first_line(error)}). A folder needs "
-                        "*.safetensors; convert others once with save_pretrained(..., safe_serialization=True).") from error
+        raise UserError(
+            f"model.path={cfg.path}: cannot load its weights ({first_line(error)}). A folder needs "
+            "*.safetensors; convert others once with save_pretrained(..., safe_serialization=True)."
+        ) from error
     missing = sorted(set(info["missing_keys"]))
     if missing:
-        raise UserError(f"model.path={cfg.path}: its files lack {len(missing)} weights, first {missing[0]}; "
-                        "training would start from random values there. Give a complete causal language model.")
+        raise UserError(
+            f"model.path={cfg.path}: its files lack {len(missing)} weights, first {missing[0]}; "
+            "training would start from random values there. Give a complete causal language model."
+        )
     return model
 
 
@@ -107,23 +119,29 @@ def check_vocabulary(config: transformers.PretrainedConfig, need: int) -> None:
     """Refuse a tokenizer that can produce ids (below `need`) the model has no embedding for."""
     have = int(config.get_text_config().vocab_size)
     if need > have:
-        raise UserError(f"data.tokenizer makes ids up to {need - 1}, the model has {have} embeddings. "
-                        f"Use the model's own tokenizer, or model.vocab_size={need} or more for a model from scratch.")
+        raise UserError(
+            f"data.tokenizer makes ids up to {need - 1}, the model has {have} embeddings. "
+            f"Use the model's own tokenizer, or model.vocab_size={need} or more for a model from scratch."
+        )
 
 
 def check_length(config: transformers.PretrainedConfig, sequence_length: int) -> None:
     """Refuse rows longer than the positions the model knows."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
-        raise UserError(f"data.sequence_length={sequence_length}: the model accepts at most {longest} tokens. "
-                        f"Use data.sequence_length={longest} or less.")
+        raise UserError(
+            f"data.sequence_length={sequence_length}: the model accepts at most {longest} tokens. "
+            f"Use data.sequence_length={longest} or less."
+        )
 
 
 def recompute_blocks(model: nn.Module) -> None:
     """Keep only each block's input and run the block again in backward (non-reentrant, dropout replayed)."""
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"activations=recompute: {type(model).__name__} has no blocks that transformers can recompute. "
-                        "Use activations=keep.")
+        raise UserError(
+            f"activations=recompute: {type(model).__name__} has no blocks that transformers can recompute. "
+            "Use activations=keep."
+        )
     # transformers renamed it between 5.17 and 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": True})  # type: ignore[operator]

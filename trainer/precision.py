@@ -62,5 +62,7 @@ def widen_norms(model: nn.Module) -> None:
                     module.forward = MethodType(wide, module)
                     break
             else:
-                raise UserError(f"precision.weights=fp64: {name} ({type(module).__name__}) computes in fp32 in a way "
-                                "that is not known here. Use precision=fp32 for this model.")
+                raise UserError(
+                    f"precision.weights=fp64: {name} ({type(module).__name__}) computes in fp32 in a way "
+                    "that is not known here. Use precision=fp32 for this model."
+                )

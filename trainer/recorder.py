@@ -16,15 +16,15 @@ from trainer.track import open_trackers
 class Recorder:
     """Passes each record on to whoever listens; the same calls on every rank, an effect on rank 0."""
 
-    def __init__(self, cfg: Config, world: World, folder: Path, info: RunInfo, plain_config: dict[str, Any], *, start: int):
+    def __init__(
+        self, cfg: Config, world: World, folder: Path, info: RunInfo, plain_config: dict[str, Any], *, start: int
+    ):
         self._leads = world.leads
         self._progress = Progress.open(info, cfg.train.steps, start, enabled=world.leads)
         if world.leads:
             self._metrics = MetricsFile(folder / "metrics.jsonl")
             self._metrics.rewind(start)
-            self._tracker = open_trackers(
-                cfg.track, folder, plain_config, step=start, warn=self._progress.warn
-            )
+            self._tracker = open_trackers(cfg.track, folder, plain_config, step=start, warn=self._progress.warn)
 
     def record(self, record: Mapping[str, Any], eta: float | None) -> None:
         """Write one record; fields that are None were not measured."""

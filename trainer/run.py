@@ -11,7 +11,8 @@ from offload.config import Fate
 from parallel.collectives import gather_objects
 from parallel.launch import World, connected
 from trainer.build import Built, build
-from trainer.checkpoint.store import Checkpoint, CheckpointStore
+from trainer.checkpoint.checkpoint import Checkpoint
+from trainer.checkpoint.store import CheckpointStore
 from trainer.data.stream import TrainStream
 from trainer.environment import environment
 from trainer.errors import TrainingStopped, UserError
@@ -20,7 +21,6 @@ from trainer.loop import Run, save, train
 from trainer.memory import by_kind_line
 from trainer.metrics import Throughput
 from trainer.model import first_line
-from trainer.progress import RunInfo
 from trainer.recorder import Recorder
 from trainer.schema import Config, Dtype
 from trainer.signals import Interrupted, StopRequest
@@ -59,7 +59,9 @@ def run(cfg: Config) -> Result:
             folder.write_json("environment.json", environment())
             built.corpus.tokenizer.save_pretrained(folder.tokenizer)
         recorder = stack.enter_context(
-            Recorder(cfg, world, folder.path, run_info(built, folder), plain(cfg), start=checkpoint.step if checkpoint else 0)
+            Recorder(
+                cfg, world, folder.path, run_info(built, folder), plain(cfg), start=checkpoint.step if checkpoint else 0
+            )
         )
         training = begin(built, store, recorder, stop, checkpoint)
         try:
@@ -82,8 +84,10 @@ def agree_on_config(cfg: Config, world: World) -> None:
     for rank, other in enumerate(everyone):
         found = differences(flat(everyone[0]), flat(other))
         if found:
-            raise UserError(f"rank {rank} was started with another configuration than rank 0 ({'; '.join(found)}). "
-                            "Give every rank the same command line.")
+            raise UserError(
+                f"rank {rank} was started with another configuration than rank 0 ({'; '.join(found)}). "
+                "Give every rank the same command line."
+            )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -105,8 +109,10 @@ def find_checkpoint(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
     elif cfg.train.resume == "never":
         checkpoint = store.newest()
         if checkpoint is not None:
-            raise UserError(f"train.resume=never: {store.folder} already holds step {checkpoint.step}. "
-                            "Use another run.dir, or train.resume=auto to go on.")
+            raise UserError(
+                f"train.resume=never: {store.folder} already holds step {checkpoint.step}. "
+                "Use another run.dir, or train.resume=auto to go on."
+            )
     else:
         checkpoint = store.open(Path(cfg.train.resume))
     if checkpoint is None:
@@ -114,12 +120,16 @@ def find_checkpoint(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
     saved, asked = checkpoint.meta["identity"], identity(cfg)
     found = differences(saved["state"], asked["state"])
     if found:
-        raise UserError(f"{checkpoint.path} is of another run ({'; '.join(found)}). "
-                        "Give its own options, or train elsewhere with another run.dir.")
+        raise UserError(
+            f"{checkpoint.path} is of another run ({'; '.join(found)}). "
+            "Give its own options, or train elsewhere with another run.dir."
+        )
     found = differences(saved["order"], asked["order"])
     if found and cfg.train.resume == "auto":
-        raise UserError(f"{checkpoint.path} was trained on other data ({'; '.join(found)}). Give its own options, or "
-                        f"start a run of its own from it with another run.dir and train.resume={checkpoint.path}.")
+        raise UserError(
+            f"{checkpoint.path} was trained on other data ({'; '.join(found)}). Give its own options, or "
+            f"start a run of its own from it with another run.dir and train.resume={checkpoint.path}."
+        )
     return checkpoint
 
 
@@ -143,9 +153,11 @@ def begin(
         same_options = not differences(where["identity"]["order"], identity(cfg)["order"])
         same_data = same_options and where["data_fingerprint"] == built.corpus.fingerprint
         if same_options and not same_data and cfg.train.resume == "auto":
-            raise UserError(f"{checkpoint.path}: the text behind data.path={cfg.data.path} has changed since; going on would "
-                            "repeat and leave out samples. Restore it, or start a run of its own with another run.dir "
-                            f"and train.resume={checkpoint.path}.")
+            raise UserError(
+                f"{checkpoint.path}: the text behind data.path={cfg.data.path} has changed since; going on would "
+                "repeat and leave out samples. Restore it, or start a run of its own with another run.dir "
+                f"and train.resume={checkpoint.path}."
+            )
         if same_data:
             stream.restore(where["data"])
             recorder.notice(f"going on from {checkpoint.path}")

@@ -122,17 +122,17 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    steps: int = 300
+    steps: int = 200
     """Optimizer steps of the whole run; a resumed run goes on to this number."""
-    global_batch: int = 16
+    global_batch: int = 8
     """Sequences per step, over all ranks and micro-steps."""
-    micro_batch: int = 16
+    micro_batch: int = 4
     """Sequences per rank and micro-step; what is missing to the global batch is accumulated."""
     clip_norm: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down. 0: no clipping."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl and on the display."""
-    eval_every: int = 100
+    eval_every: int = 50
     """Steps between two held-out evaluations; the first and last step are always evaluated. 0: only those."""
     resume: str = "auto"
     """auto: go on from the newest good checkpoint in the run folder; never: refuse a folder that has one; or a PATH."""

@@ -6,14 +6,13 @@ into the manifest's `meta`. Nothing here is pickled.
 """
 
 import random
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainer.checkpoint.store import Checkpoint
+from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.errors import UserError
 
 
@@ -28,12 +27,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """Name of each distinct parameter."""
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def optimizer_tensors(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """State tensors of `optimizer` by parameter name and key."""
     return {
         f"optim/{names[parameter]}/{key}": value
@@ -43,7 +42,7 @@ def optimizer_tensors(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> d
     }
 
 
-def optimizer_numbers(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, dict[str, float | int | bool]]:
+def optimizer_numbers(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str, dict[str, float | int | bool]]:
     """State numbers of `optimizer` by parameter name and key."""
     numbers = {
         names[parameter]: {key: value for key, value in state.items() if isinstance(value, int | float | bool)}
@@ -110,7 +109,6 @@ def restore(
     """
     names = parameter_names(model)
     saved = checkpoint.names()
-    make_missing_states(optimizer, names, saved)
     wanted = run_tensors(model, optimizer, rank, device)
     random_here = {name: state for name, state in wanted.items() if name.startswith("rng/")}
     known = random_here.keys() <= saved.keys()
@@ -120,22 +118,12 @@ def restore(
     by_name = {name: parameter for parameter, name in names.items()}
     for name, numbers in checkpoint.meta.get("optimizer_numbers", {}).items():
         if name not in by_name:
-            raise UserError(f"{checkpoint.path}: has optimizer state for {name}, which this model lacks. "
-                            "Give the checkpoint's own model options, or another run.dir.")
+            raise UserError(
+                f"{checkpoint.path}: has optimizer state for {name}, which this model lacks. "
+                "Give the checkpoint's own model options, or another run.dir."
+            )
         optimizer.state[by_name[name]].update(numbers)
     if known:
         set_random(wanted, rank, device)
     else:
         seed_all(seed + checkpoint.step, rank)
-
-
-def make_missing_states(optimizer: Optimizer, names: dict[nn.Parameter, str], saved: dict[str, Any]) -> None:
-    """Allocate the states that torch's optimizers only make in their first step, in the saved shapes."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = f"optim/{names[parameter]}/"
-            for name, described in saved.items():
-                key = name.removeprefix(prefix)
-                if name.startswith(prefix) and key not in optimizer.state[parameter]:
-                    on_device = parameter.device if described.shape or group.get("fused") else torch.device("cpu")
-                    optimizer.state[parameter][key] = torch.empty(described.shape, dtype=described.dtype, device=on_device)

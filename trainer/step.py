@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from optim.schedule import multiplier
 from parallel.collectives import any_rank
@@ -19,7 +20,7 @@ class Stepped:
     """What came of a step."""
 
     loss: Tensor
-    """This rank's share of the loss, float32 or float64 on the device: summed over ranks it is the mean over targets."""
+    """This rank's share of the loss, fp32 or fp64 on the device: summed over ranks, the mean over targets."""
     norm: float
     """Global gradient norm before clipping."""
     applied: bool
@@ -32,8 +33,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy a host batch to `device`."""
     if device.type == "cpu":
         return batch
-    move = {"device": device, "non_blocking": True}
-    return Batch(batch.input_ids.to(**move), batch.labels.to(**move), batch.position_ids.to(**move))
+    ids, labels, positions = (
+        tensor.to(device, non_blocking=True) for tensor in (batch.input_ids, batch.labels, batch.position_ids)
+    )
+    return Batch(ids, labels, positions)
 
 
 def micro_step(built: Built, batch: Batch, targets: int, last: bool) -> Tensor:
@@ -49,8 +52,17 @@ def micro_step(built: Built, batch: Batch, targets: int, last: bool) -> Tensor:
             loss = token_loss_sum(logits, batch.labels) / targets
         del logits  # else the logits of the forward would outlive their use in backward
         with meter.phase("backward"):
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def read_both(norm: Tensor, loss: Tensor, usual: tuple[float, float]) -> tuple[float, float]:
+    """Read two scalars at once; fake ones have no values, and a predicted step goes on with the `usual` ones."""
+    both = torch.stack([norm, loss])
+    if isinstance(both, FakeTensor):
+        return usual
+    first, second = both.tolist()
+    return first, second
 
 
 def train_step(built: Built, batch: StepBatch, step: int, stop: int) -> Stepped:
@@ -71,7 +83,7 @@ def train_step(built: Built, batch: StepBatch, step: int, stop: int) -> Stepped:
     with meter.phase("clip"):
         norm = engine.gradient_norm()
         # The one device-to-host read of a step: the weights must not change before the numbers are known to be sound.
-        norm_value, loss_value = torch.stack([norm.to(total.dtype), total]).tolist()
+        norm_value, loss_value = read_both(norm.to(total.dtype), total, usual=(2 * cfg.train.clip_norm, 1.0))
         unsound = not (math.isfinite(norm_value) and math.isfinite(loss_value))
         unsound_anywhere, stop = any_rank(built.world, int(unsound), stop)
         if not unsound_anywhere and 0 < cfg.train.clip_norm < norm_value:

@@ -7,6 +7,7 @@ named `case_*`, called on every process with its rank in the world and a folder 
 import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -190,11 +191,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processes = [context.Process(target=process, args=(rank, str(tmp))) for rank in range(WORLD)]
     for each in processes:
         each.start()
+    deadline = time.monotonic() + 60
     for each in processes:
-        each.join(timeout=90)
-    for each in processes:
-        if each.is_alive():
-            each.kill()
+        each.join(timeout=max(0.0, deadline - time.monotonic()))
+        each.kill()
     return tmp
 
 

@@ -1,6 +1,7 @@
 """Bytes by kind against hand counts, and against what the CPU allocator itself reports."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -197,12 +198,38 @@ def shared() -> tuple[nn.Module, Callable[..., None], Tensor]:
     return Shared(), stack_step, torch.randn(64, 24)
 
 
+class OwnSum(torch.autograd.Function):
+    """Its backward has the peak on a sum of its own, which is made out of place and so counted with both terms."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.shape = h.shape
+        return h.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        kept = grad.expand(ctx.shape).neg()
+        return kept.exp() + kept.neg()
+
+
+class SumsItself(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = OwnSum.apply(super().forward(x))
+        return loss
+
+
+def sums_itself() -> tuple[nn.Module, Callable[..., None], Tensor]:
+    torch.manual_seed(0)
+    return SumsItself(24, 24), stack_step, torch.randn(64, 24)
+
+
 def language_model(**changed: object) -> tuple[nn.Module, Callable[..., None], Tensor]:
     return llama(**changed), llama_step, torch.randint(0, 96, (3, 16))
 
 
 CASES = {
     "shared": shared,
+    "sums itself": sums_itself,
     "llama": language_model,
     "llama, deep": lambda: language_model(num_hidden_layers=8),
     "llama, tied": lambda: language_model(tied=True),

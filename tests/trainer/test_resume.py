@@ -31,17 +31,37 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     with path.open("w") as file:
         for index in range(60):
-            file.write(json.dumps({"text": f"document {index} says " + "abc xyz "[: index % 8] * (index % 7 + 3)}) + "\n")
+            file.write(
+                json.dumps({"text": f"document {index} says " + "abc xyz "[: index % 8] * (index % 7 + 3)}) + "\n"
+            )
     return path
 
 
 def overrides(text: Path, folder: Path, optimizer: str, *more: str) -> list[str]:
     return [
-        "data=jsonl", f"data.path={text}", f"data.cache_dir={text.parent / 'cache'}", "data.sequence_length=32",
-        "data.eval_fraction=0.2", "model.hidden_size=32", "model.intermediate_size=48", "model.layers=2", "model.heads=4",
-        "model.dropout=0.1", f"optim={optimizer}", *OPTIMIZERS[optimizer], f"train.steps={STEPS}", "train.global_batch=12",
-        "train.micro_batch=2", "train.log_every=1", "train.eval_every=10", "checkpoint.every=0", "checkpoint.keep=0",
-        f"run.dir={folder}", "run.device=cpu", "run.threads=1", *more,
+        "data=jsonl",
+        f"data.path={text}",
+        f"data.cache_dir={text.parent / 'cache'}",
+        "data.sequence_length=32",
+        "data.eval_fraction=0.2",
+        "model.hidden_size=32",
+        "model.intermediate_size=48",
+        "model.layers=2",
+        "model.heads=4",
+        "model.dropout=0.1",
+        f"optim={optimizer}",
+        *OPTIMIZERS[optimizer],
+        f"train.steps={STEPS}",
+        "train.global_batch=12",
+        "train.micro_batch=2",
+        "train.log_every=1",
+        "train.eval_every=10",
+        "checkpoint.every=0",
+        "checkpoint.keep=0",
+        f"run.dir={folder}",
+        "run.device=cpu",
+        "run.threads=1",
+        *more,
     ]
 
 
@@ -93,9 +113,7 @@ def test_interrupted_at_7_and_13_equals_uninterrupted(
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
-def test_a_lost_generator_state_would_be_noticed(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_generator_state_would_be_noticed(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with dropout on, resuming without the generators gives other losses."""
     import trainer.state
 
@@ -219,8 +237,13 @@ def test_the_process_itself_exits_128_plus_signal_and_a_second_signal_ends_it_at
 ) -> None:
     asked = overrides(text, tmp_path / "run", "adamw", "train.steps=100000")
     for signals, expected in ((1, 128 + number), (2, -number)):
-        process = subprocess.Popen([sys.executable, "-m", "trainer", *asked], cwd=REPO, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer", *asked],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         assert process.stdout is not None
         for line in process.stdout:  # until it trains
             if line.strip()[:1].isdigit() and " " in line and not line.strip().startswith("0/"):

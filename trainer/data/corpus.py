@@ -31,8 +31,8 @@ class Corpus:
     vocab_size: int
     """One more than the largest id: embeddings the model needs."""
     fingerprint: str
-    """Hash of everything that decides the training rows; for token files of the documents' content, wherever they lie. A run
-    resumed with another one would see other samples."""
+    """Hash of everything that decides the training rows; for token files of the documents' content, wherever they
+    lie. A run resumed with another one would see other samples."""
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return counts and shares of the training rows (of a stream they are not known) and the held-out rows."""
