@@ -26,6 +26,8 @@ class World:
     device: torch.device = torch.device("cpu")
     control: dist.ProcessGroup | None = None
     """gloo group for small host-side agreement, so that it never queues behind gradients; None when alone."""
+    gradients: dist.ProcessGroup | None = None
+    """Group that sums gradients; None: the default one."""
 
     @property
     def leads(self) -> bool:

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel.config import ParallelConfig
@@ -30,6 +31,8 @@ def replicate(model: nn.Module, world: World, cfg: ParallelConfig) -> nn.Module:
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         bucket_cap_mb=cfg.bucket_mib,
+        process_group=world.gradients,
+        init_sync=not isinstance(next(model.parameters()), FakeTensor),  # which have no values to agree on
     )
-    wrapped.register_comm_hook(None, sum_gradients)
+    wrapped.register_comm_hook(world.gradients, sum_gradients)
     return wrapped

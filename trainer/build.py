@@ -24,19 +24,25 @@ from trainer.schema import Config
 from trainer.state import seed_all
 
 
-@dataclass(frozen=True)
-class Built:
-    """What a run is made of."""
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """What a step needs."""
 
     cfg: Config
     world: World
-    corpus: Corpus
-    model_config: transformers.PretrainedConfig
     model: nn.Module
     """The transformers model itself, never a wrapper."""
     optimizer: Optimizer
     engine: TorchEngine
     meter: MemoryMeter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built(Trainable):
+    """What a run is made of."""
+
+    corpus: Corpus
+    model_config: transformers.PretrainedConfig
 
 
 def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.PretrainedConfig, nn.Module]:
@@ -56,6 +62,17 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     return corpus, config, model
 
 
+def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
+    """Put around `model` what trains it, fake weights included (`trainer.plan`)."""
+    if cfg.activations.fate is Fate.recompute:
+        recompute_blocks(model)
+    optimizer = registry.build(cfg.optim, model.named_parameters())
+    optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
+    engine = TorchEngine(model, optimizer, world, cfg.parallel)
+    meter = MemoryMeter(model, optimizer, world.device)
+    return Trainable(cfg=cfg, world=world, model=model, optimizer=optimizer, engine=engine, meter=meter)
+
+
 def build(cfg: Config, world: World) -> Built:
     """Make everything a training run needs.
 
@@ -65,11 +82,6 @@ def build(cfg: Config, world: World) -> Built:
     if world.device.type == "cuda" and cfg.run.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     corpus, config, model = build_parts(cfg, world)
-    if cfg.activations.fate is Fate.recompute:
-        recompute_blocks(model)
-    optimizer = registry.build(cfg.optim, model.named_parameters())
-    optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
-    engine = TorchEngine(model, optimizer, world, cfg.parallel)
-    meter = MemoryMeter(model, optimizer, world.device)
+    trainable = make_trainable(cfg, world, model)
     seed_all(cfg.seed, world.process_rank)
-    return Built(cfg, world, corpus, config, model, optimizer, engine, meter)
+    return Built(**vars(trainable), corpus=corpus, model_config=config)

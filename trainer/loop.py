@@ -9,7 +9,7 @@ from typing import Any
 from optim.schedule import multiplier
 from parallel.collectives import sum_over_ranks
 from trainer.build import Built
-from trainer.checkpoint.store import CheckpointStore
+from trainer.checkpoint.store import CheckpointSaveError, CheckpointStore
 from trainer.data.stream import TrainStream, heldout_batches
 from trainer.errors import TrainingStopped
 from trainer.evaluate import Evaluation, evaluate
@@ -87,7 +87,7 @@ def train(run: Run) -> None:
         if run.due(cfg.train.eval_every):
             measure(run)
         if run.due(cfg.checkpoint.every) or stepped.stop:
-            save(run)
+            save(run, last=bool(stepped.stop) or run.step == cfg.train.steps)
         if stepped.stop and run.step < cfg.train.steps:
             name = signal.Signals(stepped.stop).name
             raise Interrupted(stepped.stop, f"{name}: stopped after step {run.step} of {cfg.train.steps}, all saved")
@@ -141,14 +141,27 @@ def measure(run: Run) -> None:
     )
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of this step, unless this very step is saved already."""
+def save(run: Run, *, last: bool = False) -> None:
+    """Write a checkpoint of this step, unless this very step is saved already.
+
+    A disk that refuses costs only this checkpoint: older ones stay, and training goes on to the next occasion.
+
+    Raises:
+        TrainingStopped: it was the `last` occasion.
+    """
     if run.saved_step == run.step:
         return
     built, world = run.built, run.built.world
-    with run.throughput.aside("save"), run.recorder.phase("saving"), built.meter.phase("save"):
-        tensors = run_tensors(built.model, built.optimizer, world.process_rank, world.device)
-        path = run.store.save(run.step, tensors, run.meta())
+    try:
+        with run.throughput.aside("save"), run.recorder.phase("saving"), built.meter.phase("save"):
+            tensors = run_tensors(built.model, built.optimizer, world.process_rank, world.device)
+            path = run.store.save(run.step, tensors, run.meta())
+    except CheckpointSaveError as error:
+        if last:
+            kept = f"step {run.saved_step} is the newest saved" if run.saved_step else "nothing was saved"
+            raise TrainingStopped(f"step {run.step} could not be saved, {kept}. {error}") from error
+        run.recorder.warn(f"training goes on without a checkpoint of step {run.step}. {error}")
+        return
     run.saved_step = run.step
     run.recorder.notice(f"saved {path}")
 

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from trainer.errors import UserError
-from trainer.precision import torch_dtype, widen_norms
+from trainer.precision import torch_dtype, widen
 from trainer.schema import Dtype, Initial, ModelConfig
 
 ROUND_VOCABULARY = 8
@@ -85,11 +85,11 @@ def build_model(
                 f"model.attention={cfg.attention.value}: {type(config).__name__} cannot be built with it "
                 f"({first_line(error)}). Try model.attention=eager."
             ) from error
+    # Never `to(dtype)`: it would round the rotary frequencies too, which stay fp32 in a model with bf16 weights.
     if any(tensor.device != device for tensor in model.parameters()):
         model.to(device)
     if weights is Dtype.fp64:
-        model.to(torch.float64)
-        widen_norms(model)
+        widen(model)
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache would also switch off the mask between packed documents
     model.train()
     return model

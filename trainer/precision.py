@@ -13,6 +13,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trainer.errors import UserError
 from trainer.schema import Dtype, PrecisionConfig
@@ -44,6 +45,14 @@ def wide_rms_norm_plus_one(module: nn.Module, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + module.weight)  # type: ignore[operator]
 
 
+def widen(model: nn.Module) -> None:
+    """Make an fp32 model an fp64 one, fake weights included (which `model.to` does not convert)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.double()
+    widen_norms(model)
+
+
 def widen_norms(model: nn.Module) -> None:
     """Make every RMSNorm of an fp64 model compute in fp64.
 
@@ -58,7 +67,7 @@ def widen_norms(model: nn.Module) -> None:
         with torch.no_grad():
             expected = module(probe)
             for wide in (wide_rms_norm, wide_rms_norm_plus_one):
-                if torch.allclose(wide(module, probe), expected, rtol=1e-5, atol=1e-6):
+                if isinstance(probe, FakeTensor) or torch.allclose(wide(module, probe), expected, rtol=1e-5, atol=1e-6):
                     module.forward = MethodType(wide, module)
                     break
             else:

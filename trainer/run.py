@@ -52,6 +52,7 @@ def run(cfg: Config) -> Result:
         store = CheckpointStore(
             folder.checkpoints, keep=cfg.checkpoint.keep, verify=cfg.checkpoint.verify, group=world.control
         )
+        store.check_writable()
         checkpoint = find_checkpoint(cfg, store)
         built = build(cfg, world)
         if world.leads:
@@ -74,7 +75,7 @@ def run(cfg: Config) -> Result:
             raise
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory(training, error)) from error
-        save(training)
+        save(training, last=True)
         return Result(folder.path, finish(training, folder, recorder))
 
 
@@ -82,7 +83,10 @@ def agree_on_config(cfg: Config, world: World) -> None:
     """Refuse to start ranks that were given different configurations: they would wait for each other for ever."""
     everyone = gather_objects(world, plain(cfg))
     for rank, other in enumerate(everyone):
-        found = differences(flat(everyone[0]), flat(other))
+        lead, own = flat(everyone[0]), flat(other)
+        found = [
+            f"{key}: {lead.get(key)} there, {own.get(key)} here" for key in lead | own if lead.get(key) != own.get(key)
+        ]
         if found:
             raise UserError(
                 f"rank {rank} was started with another configuration than rank 0 ({'; '.join(found)}). "

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from optim.schedule import multiplier
 from parallel.collectives import any_rank
-from trainer.build import Built
+from trainer.build import Trainable
 from trainer.data.batch import Batch, StepBatch
 from trainer.loss import token_loss_sum
 from trainer.precision import autocast
@@ -39,7 +39,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(ids, labels, positions)
 
 
-def micro_step(built: Built, batch: Batch, targets: int, last: bool) -> Tensor:
+def micro_step(built: Trainable, batch: Batch, targets: int, last: bool) -> Tensor:
     """Forward and backward of one micro-batch; returns its share of the step's loss."""
     meter = built.meter
     with built.engine.accumulating(last):
@@ -65,7 +65,7 @@ def read_both(norm: Tensor, loss: Tensor, usual: tuple[float, float]) -> tuple[f
     return first, second
 
 
-def train_step(built: Built, batch: StepBatch, step: int, stop: int) -> Stepped:
+def train_step(built: Trainable, batch: StepBatch, step: int, stop: int) -> Stepped:
     """Take step number `step` (from 0).
 
     The loss is divided by the target count of the whole global batch before backward: a mean of means would weight

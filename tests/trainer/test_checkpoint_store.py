@@ -78,6 +78,17 @@ def test_every_dtype_and_shape_comes_back_bit_by_bit_in_place(folder: Path) -> N
     assert torch.equal(torch.rand(5, generator=other), torch.rand(5, generator=generator))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_on_cuda_come_back_bit_by_bit_in_place(folder: Path) -> None:
+    saved = {f"{i}": torch.randn(300 + i, 1000, device="cuda") for i in range(20)}
+    saved |= {"bf16": torch.randn(7, 3, device="cuda").bfloat16().t(), "rng/0/cuda": torch.cuda.get_rng_state()}
+    found = open_store(folder).open(open_store(folder).save(1, saved, {}))
+    target = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    found.load(target)
+    assert all(torch.equal(target[name], tensor) for name, tensor in saved.items())
+
+
 def test_meta_comes_back_equal(folder: Path) -> None:
     meta = {"step": 10**12, "loss": 0.1 + 0.2, "tiny": 5e-324, "best": float("-inf"), "none": None, "on": True}
     meta |= {"name": 'ä "quoted"\n', "nested": {"list": [1, 2.5, "x", {"a": []}]}, "empty": {}}

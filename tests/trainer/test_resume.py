@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed is, bit for bit, the run that was not."""
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 
 import trainer.loop
 from tests.ranks import on_ranks
+from trainer.checkpoint import files
 from trainer.cli.compose import load
 from trainer.errors import TrainingStopped, UserError
 from trainer.metrics import read_metrics
@@ -264,3 +266,36 @@ def test_the_process_itself_exits_128_plus_signal_and_a_second_signal_ends_it_at
             assert "go on with: stowage train" in output and "all saved" in errors
         else:
             assert process.returncode in (expected, 128 + number)
+
+
+def full_disk_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the disk full for the checkpoints of some steps."""
+    genuine = files.sync_folder
+
+    def sync_folder(path: Path) -> None:
+        if any(f"step_{step:08d}.tmp" in str(path) for step in steps):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        genuine(path)
+
+    monkeypatch.setattr(files, "sync_folder", sync_folder)
+
+
+def test_a_full_disk_costs_one_checkpoint_and_no_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_disk_at({4}, monkeypatch)
+    run(load(overrides(text, tmp_path / "run", "adamw", "train.steps=6", "checkpoint.every=2")))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")) == [
+        "step_00000002",
+        "step_00000006",
+    ]
+    assert "training goes on without a checkpoint of step 4" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_the_end_stops_with_exit_3_and_says_what_is_saved(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk_at({6}, monkeypatch)
+    with pytest.raises(TrainingStopped, match="step 6 could not be saved, step 4 is the newest saved") as ended:
+        run(load(overrides(text, tmp_path / "run", "adamw", "train.steps=6", "checkpoint.every=2")))
+    assert ended.value.exit_code == 3

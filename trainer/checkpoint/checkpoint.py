@@ -5,8 +5,9 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from hashlib import sha256
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,17 @@ class TensorInfo(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+
+
+class _Comparison(NamedTuple):
+    """What one rank asks for beside what there is; small, for every rank gets that of all."""
+
+    differing: int
+    """Tensors that differ."""
+    shown: list[str]
+    """The first few of them in words."""
+    asked: int
+    """Bit i is set if the rank asks for the i-th of the checkpoint's names."""
 
 
 class Checkpoint:
@@ -75,29 +87,43 @@ class Checkpoint:
             UserError: names, shapes or dtypes differ: a checkpoint of another model. No tensor was changed.
             OSError: a file can't be read. Some tensors may have been changed.
         """
-        asked = dict.fromkeys(item for of_rank in self._ranks.all(partial(_asked, tensors)) for item in of_rank)
-        found = self._ranks.all(self.names)[0]
-        unread = found.keys() - {name for name, _ in asked}
-        differences = [
-            f"{name}: asked {info}, {f'found {found[name]}' if name in found else 'not in the checkpoint'}"
-            for name, info in asked
-            if found.get(name) != info
-        ]
-        differences += [
-            f"{name}: not asked for, found {found[name]}"
-            for name in sorted(unread)
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave)
-        ]
-        if differences:
-            raise UserError(self._another_model(differences))
+        compared = self._ranks.all(partial(self._compare, tensors))
+        self._require_the_same(compared, leave)
         self._ranks.all(partial(self._read, flatten(tensors)))
 
-    def _another_model(self, differences: list[str]) -> str:
-        shown = "".join(f"\n  {difference}" for difference in differences[:_SHOWN])
-        more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    def _compare(self, tensors: Mapping[str, Any]) -> "_Comparison":
+        found = self.names()
+        place = {name: i for i, name in enumerate(found)}
+        differences, asked = [], 0
+        for name, tensor in flatten(tensors).items():
+            assert not tensor.is_meta, f"{name} is on the meta device: nothing to load into"
+            info = TensorInfo(tuple(tensor.shape), tensor.dtype)
+            if name not in found:
+                differences.append(f"{name}: asked {info}, not in the checkpoint")
+                continue
+            asked |= 1 << place[name]
+            if found[name] != info:
+                differences.append(f"{name}: asked {info}, found {found[name]}")
+        return _Comparison(len(differences), differences[:_SHOWN], asked)
+
+    def _require_the_same(self, compared: list["_Comparison"], leave: Sequence[str]) -> None:
+        asked = reduce(or_, (each.asked for each in compared))
+        unread = [
+            f"{name}: not asked for, found {info}"
+            for i, (name, info) in enumerate(self.names().items())
+            if not asked >> i & 1 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave)
+        ]
+        shown = list(dict.fromkeys(text for each in compared for text in each.shown)) + unread
+        count = max(len(shown), max(each.differing for each in compared) + len(unread))
+        if shown:
+            raise UserError(self._another_model(shown[:_SHOWN], count))
+
+    def _another_model(self, shown: list[str], count: int) -> str:
+        lines = "".join(f"\n  {difference}" for difference in shown)
+        more = f"\n  and {count - len(shown)} more" if count > len(shown) else ""
         return (
-            f"{self.path} is a checkpoint of another model or optimizer than this run's; {len(differences)} tensors "
-            f"differ.{shown}{more}\nGo on with the configuration it was saved with (config.yaml in its run folder), or "
+            f"{self.path} is a checkpoint of another model or optimizer than this run's; {count} tensors differ."
+            f"{lines}{more}\nGo on with the configuration it was saved with (config.yaml in its run folder), or "
             "start anew in another folder: train.resume=never run.dir=NEW_FOLDER."
         )
 
@@ -126,13 +152,6 @@ class Checkpoint:
         if unlisted:
             raise UserError(f"{self.path / METADATA} refers to {min(unlisted)!r}, which the manifest doesn't list.")
         return metadata
-
-
-def _asked(tensors: Mapping[str, Any]) -> list[tuple[str, TensorInfo]]:
-    flat = flatten(tensors)
-    for name, tensor in flat.items():
-        assert not tensor.is_meta, f"{name} is on the meta device: nothing to load into"
-    return [(name, TensorInfo(tuple(tensor.shape), tensor.dtype)) for name, tensor in flat.items()]
 
 
 def flatten(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

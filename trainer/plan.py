@@ -1,0 +1,197 @@
+"""What a run will hold, before it runs: the real step on fake tensors.
+
+Under `FakeTensorMode` operators give shapes and lifetimes and compute nothing. So the model, the optimizer and the
+engine of a real run are built, the `train_step` of a real run is taken, and the meter of a real run counts it: a new
+technique is predicted without a new formula, and on CPU the prediction is the measurement, byte for byte. No data is
+read, nothing is downloaded, and no memory of the predicted size is needed.
+
+Of several ranks one is predicted. It runs torch's own DDP in a group without other members, so the buckets, the
+gradients that are views of them, and the separate gradients of micro-steps that do not exchange any, are DDP's.
+
+What a real run may do otherwise:
+- the mask between packed documents is always made; a real micro-batch whose rows are one document each has none;
+- clipping always happens, and a step is never skipped;
+- kernels are those of the device that is counted for (`counting_device`).
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+
+from offload.config import Fate
+from optim import registry
+from parallel.launch import World
+from parallel.pretended import PretendedGroup
+from trainer.build import Trainable, make_trainable
+from trainer.data.batch import Batch, StepBatch
+from trainer.data.files import local_path
+from trainer.data.hub import go_offline
+from trainer.data.tokenizer import byte_tokenizer, load_tokenizer, vocabulary_size
+from trainer.engines.torch_engine import TorchEngine
+from trainer.errors import UserError
+from trainer.memory import Peak, Timeline
+from trainer.model import build_model, check_length, check_vocabulary, model_config
+from trainer.schema import Config, Device, Dtype, Initial
+from trainer.step import train_step
+
+MICRO_STEPS = 3
+"""Micro-steps run of a step that has more: the first has no gradients yet, the last exchanges them, and all between
+are alike. The rows of those left out are there all the same."""
+
+UNPREDICTABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+"""What an operator raises whose output's shape depends on values, which fake tensors lack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one rank will hold."""
+
+    parameters: int
+    ranks: int
+    steps: dict[str, Timeline]
+    """The `first` step, with what it sets up (a basis found, say), and a `steady` one."""
+
+    @property
+    def highest(self) -> str:
+        """The step that holds the most; of equal ones the steady."""
+        return max(reversed(self.steps), key=lambda name: self.steps[name].peak.total)
+
+    @property
+    def peak(self) -> Peak:
+        """The most held at once."""
+        return self.steps[self.highest].peak
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes of each step, as memory.json's `measured` has them."""
+        return {name: timeline.to_json() for name, timeline in self.steps.items()}
+
+
+def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, device: torch.device) -> Plan:
+    """Predict what one of `ranks` ranks of a run holds. Random number generators and `config` stay as they are.
+
+    Args:
+        config: of the model, as `planned_config` or a run's `Built.model_config` gives it.
+        device: where the fake tensors claim to be: `counting_device(cfg)`, or the device of a run.
+
+    Raises:
+        UserError: the model computes something whose size depends on values.
+    """
+    world = World(process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None)
+    with undisturbed(device), FakeTensorMode():
+        try:
+            from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
+            model = build_model(
+                from_scratch, deepcopy(config), weights=cfg.precision.weights, device=device, seed=cfg.seed
+            )
+            trainable = make_trainable(cfg, world, model)
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            first = count(trainable, 0)
+            # Real DDP makes its buckets anew, in the order gradients came, before its second step. It cannot do so
+            # here, where it would tell other ranks; made anew with the engine, they are as large.
+            del trainable.engine.model
+            trainable = replace(trainable, engine=TorchEngine(model, trainable.optimizer, world, cfg.parallel))
+            return Plan(parameters=parameters, ranks=ranks, steps={"first": first, "steady": count(trainable, 1)})
+        except UNPREDICTABLE as error:
+            raise UserError(
+                f"model={cfg.model.name}: {type(model).__name__} runs {error.func}, whose result's size depends on "
+                "values, so it cannot be predicted. Train a few steps: memory.json holds what they took."
+            ) from error
+
+
+def count(trainable: Trainable, step: int) -> Timeline:
+    """Take step number `step` (from 0) on made-up rows, and count it."""
+    batch = made_up_batch(trainable.cfg, trainable.world.process_count)
+    with trainable.meter.count_step() as timeline:
+        train_step(trainable, batch, step, stop=0)
+    return timeline
+
+
+def made_up_batch(cfg: Config, ranks: int) -> StepBatch:
+    """Return a rank's rows of one step as the data stream does: all in three tensors, which micro-batches view."""
+    shape = (cfg.train.global_batch // ranks, cfg.data.sequence_length)
+    rows = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))
+    return StepBatch(rows.split(cfg.train.micro_batch)[:MICRO_STEPS], targets=1, first_sample=0)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Put torch's generators back afterwards, and keep warnings, which the run itself gives, to itself."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def counting_device(cfg: Config) -> torch.device:
+    """Return the device to count for: the configured one, or the CPU where this machine has no CUDA to ask.
+
+    Without CUDA linked in, torch cannot even pretend: autograd asks the device's driver for its streams.
+    """
+    if cfg.run.device is not Device.cpu and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def planned_config(cfg: Config) -> transformers.PretrainedConfig:
+    """Return the transformers configuration of the model, from this machine's files alone.
+
+    Raises:
+        UserError: model or tokenizer are not here, or do not fit each other or the rows.
+    """
+    if any(name is not None and not local_path(name).exists() for name in (cfg.model.path, hub_tokenizer(cfg))):
+        go_offline()
+    if hub_tokenizer(cfg) is not None and (cfg.model.path is not None or cfg.model.vocab_size is not None):
+        config = model_config(cfg.model, byte_tokenizer(), 0)  # special tokens take no bytes
+    else:
+        tokenizer = load_tokenizer(cfg.data.tokenizer)
+        config = model_config(cfg.model, tokenizer, vocabulary_size(tokenizer))
+        check_vocabulary(config, vocabulary_size(tokenizer))
+    check_length(config, cfg.data.sequence_length)
+    return config
+
+
+def hub_tokenizer(cfg: Config) -> str | None:
+    """Return the tokenizer's name if it is one of the hub's, which may not be on this machine."""
+    name = cfg.data.tokenizer
+    return None if name == "byte" or local_path(name).exists() else name
+
+
+def alternatives(cfg: Config, peak: Peak) -> dict[str, Config]:
+    """Return what could be chosen instead, by the override that chooses it; those that may lower most come first.
+
+    Args:
+        peak: of `cfg`. A choice may lower the kinds of bytes it concerns, and no others.
+    """
+    train, weights = cfg.train, cfg.precision.weights
+    found: list[tuple[str, tuple[str, ...], Config]] = []
+    if cfg.activations.fate is Fate.keep:
+        recompute = replace(cfg, activations=replace(cfg.activations, fate=Fate.recompute))
+        found.append(("activations=recompute", ("activations",), recompute))
+    fewer = max((rows for rows in range(1, train.micro_batch) if train.micro_batch % rows == 0), default=None)
+    if fewer is not None:
+        smaller = replace(cfg, train=replace(train, micro_batch=fewer))
+        found.append((f"train.micro_batch={fewer}", ("activations", "workspace"), smaller))
+    if weights is Dtype.fp32:
+        pure = replace(cfg, precision=replace(cfg.precision, weights=Dtype.bf16, compute=Dtype.bf16))
+        found.append(("precision=bf16_pure", ("weights", "gradients", "activations", "workspace"), pure))
+        if cfg.precision.compute is Dtype.fp32:
+            autocast = replace(cfg, precision=replace(cfg.precision, compute=Dtype.bf16))
+            found.append(("precision=bf16", ("activations",), autocast))
+    for name in registry.names():
+        if name != cfg.optim.name:
+            other = replace(cfg, optim=registry.config_class(name)())
+            found.append((f"optim={name}", ("states", "workspace"), other))
+    found.sort(key=lambda choice: -sum(peak.by_kind[kind] for kind in choice[1]))
+    return {override: changed for override, _, changed in found}
