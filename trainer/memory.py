@@ -93,7 +93,8 @@ class _Counting:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device):
         self.counter = StorageCounter(model, optimizer, device)
-        self._cuda = CudaPeaks(device) if device.type == "cuda" else None
+        # The allocator knows nothing of fake tensors, and its statistics may be a real run's.
+        self._cuda = CudaPeaks(device) if device.type == "cuda" and not self.counter.on_fakes else None
         self._open: list[str] = []
         self._spans: list[Span] = []
 

@@ -14,6 +14,7 @@ What a real run may do otherwise:
 - kernels are those of the device that is counted for (`counting_device`).
 """
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offload.config import Fate
 from optim import registry
@@ -42,16 +38,13 @@ from trainer.data.tokenizer import byte_tokenizer, load_tokenizer, vocabulary_si
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.memory import Peak, Timeline
-from trainer.model import build_model, check_length, check_vocabulary, model_config
+from trainer.model import build_model, check_length, check_vocabulary, first_line, model_config, parameter_count
 from trainer.schema import Config, Device, Dtype, Initial
 from trainer.step import train_step
 
 MICRO_STEPS = 3
 """Micro-steps run of a step that has more: the first has no gradients yet, the last exchanges them, and all between
 are alike. The rows of those left out are there all the same."""
-
-UNPREDICTABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
-"""What an operator raises whose output's shape depends on values, which fake tensors lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +53,8 @@ class Plan:
 
     parameters: int
     ranks: int
+    device: str
+    """Where the fake tensors claimed to be: cpu or cuda."""
     steps: dict[str, Timeline]
     """The `first` step, with what it sets up (a basis found, say), and a `steady` one."""
 
@@ -89,25 +84,24 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         UserError: the model computes something whose size depends on values.
     """
     world = World(process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None)
+    from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
     with undisturbed(device), FakeTensorMode():
+        model = build_model(from_scratch, deepcopy(config), weights=cfg.precision.weights, device=device, seed=cfg.seed)
+        trainable = make_trainable(cfg, world, model)
         try:
-            from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
-            model = build_model(
-                from_scratch, deepcopy(config), weights=cfg.precision.weights, device=device, seed=cfg.seed
-            )
-            trainable = make_trainable(cfg, world, model)
-            parameters = sum(parameter.numel() for parameter in model.parameters())
             first = count(trainable, 0)
             # Real DDP makes its buckets anew, in the order gradients came, before its second step. It cannot do so
             # here, where it would tell other ranks; made anew with the engine, they are as large.
             del trainable.engine.model
             trainable = replace(trainable, engine=TorchEngine(model, trainable.optimizer, world, cfg.parallel))
-            return Plan(parameters=parameters, ranks=ranks, steps={"first": first, "steady": count(trainable, 1)})
-        except UNPREDICTABLE as error:
+            steady = count(trainable, 1)
+        except RuntimeError as error:  # of torch: the size of a result depends on values, or nobody has written it down
             raise UserError(
-                f"model={cfg.model.name}: {type(model).__name__} runs {error.func}, whose result's size depends on "
-                "values, so it cannot be predicted. Train a few steps: memory.json holds what they took."
+                f"model={cfg.model.name}: the step of {type(model).__name__} cannot be predicted "
+                f"({type(error).__name__}: {first_line(error)}). Train a few steps instead; memory.json holds what they took."
             ) from error
+    steps = {"first": first, "steady": steady}
+    return Plan(parameters=parameter_count(model), ranks=ranks, device=device.type, steps=steps)
 
 
 def count(trainable: Trainable, step: int) -> Timeline:
@@ -127,11 +121,16 @@ def made_up_batch(cfg: Config, ranks: int) -> StepBatch:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Put torch's generators back afterwards, and keep warnings, which the run itself gives, to itself."""
+    """Put torch's generators back afterwards, and keep quiet: warnings are the run's to give, errors the caller's."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    told = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, told.disabled = told.disabled, True
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        told.disabled = disabled
 
 
 def counting_device(cfg: Config) -> torch.device:

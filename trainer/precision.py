@@ -26,6 +26,12 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return TORCH_DTYPES[dtype]
 
 
+def precision_text(cfg: PrecisionConfig) -> str:
+    """`fp32`, or `fp32 weights, bf16 products` where they differ."""
+    weights, compute = cfg.weights.value, cfg.compute.value
+    return weights if weights == compute else f"{weights} weights, {compute} products"
+
+
 def autocast(cfg: PrecisionConfig, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which forward runs."""
     if cfg.weights is Dtype.fp32 and cfg.compute is Dtype.bf16:

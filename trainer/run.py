@@ -120,6 +120,12 @@ def find_checkpoint(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
     else:
         checkpoint = store.open(Path(cfg.train.resume))
     if checkpoint is None:
+        damaged = sorted(path.name for path in store.folder.glob("step_*"))
+        if damaged:
+            raise UserError(
+                f"train.resume=auto: {store.folder} holds {', '.join(damaged)}, and none of them can be used. Restore one, "
+                "or begin anew with another run.dir."
+            )
         return None
     saved, asked = checkpoint.meta["identity"], identity(cfg)
     found = differences(saved["state"], asked["state"])

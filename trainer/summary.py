@@ -10,13 +10,14 @@ from trainer.build import Built
 from trainer.folder import RunFolder
 from trainer.loop import Run
 from trainer.metrics import read_metrics
-from trainer.model import parameter_count
+from trainer.model import first_line, parameter_count
+from trainer.plan import predict
 from trainer.plots import plot_loss, plot_memory
-from trainer.precision import torch_dtype
+from trainer.precision import precision_text, torch_dtype
 from trainer.progress import RunInfo
 from trainer.recorder import Recorder
 from trainer.report import Memory, Outcome, print_report
-from trainer.schema import Config, PrecisionConfig
+from trainer.schema import Config
 
 
 def run_info(built: Built, folder: RunFolder) -> RunInfo:
@@ -32,12 +33,6 @@ def run_info(built: Built, folder: RunFolder) -> RunInfo:
         precision=precision_text(cfg.precision),
         run_dir=folder.path,
     )
-
-
-def precision_text(cfg: PrecisionConfig) -> str:
-    """`fp32`, or `fp32 weights, bf16 products` where they differ."""
-    weights, compute = cfg.weights.value, cfg.compute.value
-    return weights if weights == compute else f"{weights} weights, {compute} products"
 
 
 def resume_command(cfg: Config, folder: RunFolder) -> str:
@@ -109,17 +104,30 @@ def finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
         )
     if run.built.world.leads:
         folder.write_json("summary.json", summary)
-        draw(run, folder)
+        draw(run, folder, prediction(run))
         recorder.close()
         if outcome is not None:
             print_report(outcome)
     return summary
 
 
-def draw(run: Run, folder: RunFolder) -> None:
+def prediction(run: Run) -> dict[str, Any]:
+    """Return what `stowage plan` says of this run, for memory.json: about a second for a small model, at the end."""
+    built = run.built
+    try:
+        return predict(
+            built.cfg, built.model_config, ranks=built.world.process_count, device=built.world.device
+        ).to_json()
+    except Exception as error:
+        run.recorder.warn(f"no predicted memory: {type(error).__name__}: {first_line(error)}")
+        return {}
+
+
+def draw(run: Run, folder: RunFolder, predicted: dict[str, Any] | None = None) -> None:
     """Write memory.json and both plots. A plot that cannot be drawn is said, and loses nothing else."""
     if run.timelines:
-        folder.write_json("memory.json", {"measured": {name: t.to_json() for name, t in run.timelines.items()}})
+        measured = {name: timeline.to_json() for name, timeline in run.timelines.items()}
+        folder.write_json("memory.json", {"predicted": predicted or {}, "measured": measured})
     records = read_metrics(folder.metrics)
     try:
         plot_loss(records, folder.plots / "loss.png", title=f"Loss: {run.built.cfg.run.name}")

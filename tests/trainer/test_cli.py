@@ -20,7 +20,7 @@ from trainer.cli.overrides import hints
 from trainer.cli.packages import check_packages
 from trainer.errors import TrainingStopped, UserError
 from trainer.recipes import ROOT
-from trainer.schema import Config
+from trainer.schema import Config, TrainConfig
 from trainer.signals import Interrupted
 
 Output = pytest.CaptureFixture[str]
@@ -121,7 +121,7 @@ def test_python_m_trainer_is_stowage_train(runs: list[Config]) -> None:
     assert cli.main(["train.steps=4"], default="train") == 0
     assert cli.main(["train", "train.steps=5"], default="train") == 0
     assert cli.main([], default="train") == 0
-    assert [cfg.train.steps for cfg in runs] == [4, 5, 300]
+    assert [cfg.train.steps for cfg in runs] == [4, 5, TrainConfig().steps]
 
 
 def test_stowage_alone_explains_itself(capsys: Output) -> None:
@@ -221,7 +221,7 @@ def test_a_sweep_over_ranks_needs_a_folder_all_agree_on(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert cli.main(["train", "-m", "seed=0,1", "train.micro_batch=8"]) == 2
+    assert cli.main(["train", "-m", "seed=0,1", "train.micro_batch=4"]) == 2
     assert "needs run.dir=PATH" in capsys.readouterr().err
 
 

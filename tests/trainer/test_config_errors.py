@@ -12,6 +12,7 @@ from trainer.cli import store
 from trainer.cli.compose import load
 from trainer.cli.overrides import known_options
 from trainer.errors import UserError
+from trainer.schema import TrainConfig
 
 
 def message(*overrides: str) -> str:
@@ -68,7 +69,7 @@ def message(*overrides: str) -> str:
             ["train.global_batch=10", "train.micro_batch=4"],
             ["use train.global_batch=8 or 12", "train.micro_batch=1 or 2 or 5"],
         ),
-        (["schedule.warmup=500"], ["schedule.warmup=500: longer", "train.steps=300"]),
+        (["schedule.warmup=500"], ["schedule.warmup=500: longer", f"train.steps={TrainConfig().steps}"]),
         (["precision.weights=bf16"], ["precision.weights=bf16 with precision.compute=fp32", "bf16_pure"]),
         (["model.heads=3"], ["model.heads=3: model.hidden_size=256 does not split", "use model.heads=1 or 2 or 4"]),
         (["model.kv_heads=3"], ["model.kv_heads=3: does not divide model.heads=4; use model.kv_heads=1 or 2 or 4"]),

@@ -299,3 +299,13 @@ def test_a_full_disk_at_the_end_stops_with_exit_3_and_says_what_is_saved(
     with pytest.raises(TrainingStopped, match="step 6 could not be saved, step 4 is the newest saved") as ended:
         run(load(overrides(text, tmp_path / "run", "adamw", "train.steps=6", "checkpoint.every=2")))
     assert ended.value.exit_code == 3
+
+
+def test_a_folder_with_nothing_but_damaged_checkpoints_is_not_begun_anew(text: Path, tmp_path: Path) -> None:
+    asked = overrides(text, tmp_path / "run", "adamw", "train.steps=2")
+    run(load(asked))
+    manifest = tmp_path / "run" / "checkpoints" / "step_00000002" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    for _ in range(2):  # also once the damaged one has been set aside
+        with pytest.raises(UserError, match="step_00000002.*none of them can be used"):
+            run(load(asked))

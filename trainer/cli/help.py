@@ -104,7 +104,7 @@ def chosen(overrides: list[str]) -> dict[str, str]:
 
 
 def groups_table(choices: dict[str, str]) -> Table:
-    table = grid(12, 27)
+    table = grid(13, 26)
     for group in store.groups():
         label = f"  [bold]{group}[/]"
         for choice, text in choice_docs(group).items():

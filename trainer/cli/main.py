@@ -16,6 +16,7 @@ from trainer.signals import Interrupted
 
 COMMANDS = {
     "train": "train a model: stowage train [key=value ...] [group=choice ...]",
+    "plan": "memory a run will need, without its hardware: stowage plan [key=value ...] [--ranks N] [--json]",
     "eval": "held-out perplexity of a finished or running run: stowage eval RUN [--step N] [data overrides]",
     "export": "Hugging Face folder of a run: stowage export RUN DIR [--step N]",
     "recipe": "reproductions with their claims: stowage recipe list | show | run | check NAME",
