@@ -70,7 +70,8 @@ def connected(cfg: ParallelConfig, device: str, threads: int | None = None) -> I
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
-        torch.cuda.set_device(place)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before the first product; cuBLAS's own
+        torch.cuda.set_device(place)  # default lets products that share a stream differ between runs
     if count == 1:
         yield World(device=place)
         return

@@ -17,7 +17,9 @@ from optim import registry
 from parallel.launch import World
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
+from trainer.determinism import make_deterministic
 from trainer.engines.torch_engine import TorchEngine
+from trainer.errors import UserError
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config, recompute_blocks
 from trainer.schema import Config
@@ -63,10 +65,17 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
 
 
 def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
-    """Put around `model` what trains it, fake weights included (`trainer.plan`)."""
+    """Put around `model` what trains it, fake weights included (`trainer.plan`).
+
+    Raises:
+        UserError: model and options do not fit each other.
+    """
     if cfg.activations.fate is Fate.recompute:
         recompute_blocks(model)
-    optimizer = registry.build(cfg.optim, model.named_parameters())
+    try:
+        optimizer = registry.build(cfg.optim, model.named_parameters())
+    except ValueError as error:  # a rule that fits no parameter, say
+        raise UserError(str(error)) from error
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
     engine = TorchEngine(model, optimizer, world, cfg.parallel)
     meter = MemoryMeter(model, optimizer, world.device)
@@ -79,9 +88,11 @@ def build(cfg: Config, world: World) -> Built:
     Raises:
         UserError: files or names that the configuration alone could not show to be wrong.
     """
-    if world.device.type == "cuda" and cfg.run.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
     corpus, config, model = build_parts(cfg, world)
+    if world.device.type == "cuda" and cfg.run.deterministic:
+        problem = make_deterministic(model, corpus.vocab_size)
+        if problem and world.leads:
+            print(f"! {problem}", flush=True)
     trainable = make_trainable(cfg, world, model)
     seed_all(cfg.seed, world.process_rank)
     return Built(**vars(trainable), corpus=corpus, model_config=config)

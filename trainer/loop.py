@@ -195,7 +195,7 @@ def counted(run: Run, first_step: int) -> Iterator[None]:
     The first step holds what happens once (states born, a basis found), the second is like all others.
     """
     since, every = run.step - first_step, run.built.cfg.memory.sample_every
-    due = since < 2 or (every > 0 and since % every == 1)
+    due = since < 2 or (every > 0 and since % every == 1 % every)
     counting: AbstractContextManager[Timeline | None] = run.built.meter.count_step() if due else nullcontext()
     cfg = run.built.cfg
     slots = cfg.train.global_batch * cfg.data.sequence_length

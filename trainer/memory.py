@@ -54,10 +54,12 @@ class MemoryMeter:
         model: the module that owns the parameters (inside DDP or not).
         optimizer: whose state is counted.
         device: where the run computes; storages elsewhere are not counted.
+        allocator: whether the CUDA allocator is asked too. It knows nothing of fake tensors, and resetting its peaks
+            would disturb a run beside them.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device):
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device, *, allocator: bool = True):
+        self._model, self._optimizer, self._allocator = model, optimizer, allocator
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
@@ -79,7 +81,7 @@ class MemoryMeter:
         """
         assert self._counting is None, "a step is being counted already"
         timeline = Timeline(device=str(self.device))
-        counting = self._counting = _Counting(self._model, self._optimizer, self.device)
+        counting = self._counting = _Counting(self._model, self._optimizer, self.device, self._allocator)
         try:
             with counting.counter.counting():
                 yield timeline
@@ -91,10 +93,9 @@ class MemoryMeter:
 class _Counting:
     """One counting under way: the counter, the phases, and the allocator's view of them."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device):
+    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device, allocator: bool):
         self.counter = StorageCounter(model, optimizer, device)
-        # The allocator knows nothing of fake tensors, and its statistics may be a real run's.
-        self._cuda = CudaPeaks(device) if device.type == "cuda" and not self.counter.on_fakes else None
+        self._cuda = CudaPeaks(device) if device.type == "cuda" and allocator else None
         self._open: list[str] = []
         self._spans: list[Span] = []
 

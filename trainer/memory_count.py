@@ -57,11 +57,6 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._released: list[list[Record]] = []
         self._sums: list[tuple[Record, Record]] = []
 
-    @property
-    def on_fakes(self) -> bool:
-        """Whether the model's tensors are fake, so that only fake ones of the same mode count."""
-        return self._fake_mode is not None
-
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Leave compiled code compiled: else counting a step would run it eagerly, with other rounding."""

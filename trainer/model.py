@@ -112,7 +112,7 @@ def load_pretrained(cfg: ModelConfig, config: Any, dtype: torch.dtype, options: 
             f"model.path={cfg.path}: its files lack {len(missing)} weights, first {missing[0]}; "
             "training would start from random values there. Give a complete causal language model."
         )
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def check_vocabulary(config: transformers.PretrainedConfig, need: int) -> None:

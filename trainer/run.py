@@ -123,7 +123,7 @@ def find_checkpoint(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
         damaged = sorted(path.name for path in store.folder.glob("step_*"))
         if damaged:
             raise UserError(
-                f"train.resume=auto: {store.folder} holds {', '.join(damaged)}, and none of them can be used. Restore one, "
+                f"train.resume=auto: {store.folder} holds {', '.join(damaged)}, and none can be used. Restore one, "
                 "or begin anew with another run.dir."
             )
         return None

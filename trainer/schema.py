@@ -75,7 +75,7 @@ class RunConfig:
     threads: int | None = None
     """CPU threads of each process; default: the cores shared out over the processes."""
     deterministic: bool = True
-    """On CUDA, kernels that give the same bits every time (attention backward included)."""
+    """On CUDA, kernels that give the same bits every time, which a bit-exact resume needs; false is a little faster."""
 
     def problems(self) -> list[str]:
         found = too_small("run", self, threads=1)
@@ -122,7 +122,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    steps: int = 200
+    steps: int = 150
     """Optimizer steps of the whole run; a resumed run goes on to this number."""
     global_batch: int = 8
     """Sequences per step, over all ranks and micro-steps."""
@@ -195,7 +195,8 @@ class MemoryConfig:
     """Not a group: options of the memory accounting."""
 
     sample_every: int = 0
-    """Steps between two exact countings of activations and workspace; 0: one early in the run."""
+    """Steps between two exact countings of activations and workspace (a counted step takes a little longer:
+    benchmarks/memory_counting.py); 0: the first two steps alone."""
 
     def problems(self) -> list[str]:
         return too_small("memory", self, sample_every=0)

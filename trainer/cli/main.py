@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None, *, default: str | None = None) -> in
         default: command that is meant where the arguments name none (`python -m trainer` means train).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Before torch is imported, which is when libgomp reads it. Threads that spin while they wait keep the one they wait
+    # for off its core: on 2 cores shared with one other busy process the main job ran 6 to 10 times slower so.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return dispatch(arguments, default)
     except (UserError, TrainingStopped, Interrupted) as error:

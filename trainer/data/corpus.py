@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.cache import Say, cache_folder, cached_tokens, digest_of
 from trainer.data.chat import prepare_template
+from trainer.data.chosen import open_eval_source, open_source
 from trainer.data.config import DataConfig
 from trainer.data.encode import Encoder, byte_encoder, chat_encoder, text_encoder
 from trainer.data.rows import Rows, Selection
-from trainer.data.sources import open_eval_source, open_source
 from trainer.data.streamed import StreamedRows
 from trainer.data.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
 from trainer.data.tokens import Document, Tokens, tokens_in_memory

@@ -36,28 +36,6 @@ class Source:
     records: Callable[[], Iterator[Any]]
 
 
-def open_source(cfg: DataConfig) -> Source:
-    """Return the source that is trained on (and, without another, held out from)."""
-    if cfg.source is Kind.stdlib:
-        files = stdlib_files()
-        return Source("data=stdlib", files_identity(files), lambda: stdlib_texts(files))
-    if cfg.source is Kind.hf:
-        from trainer.data.hf import hub_source
-
-        return hub_source(cfg, cfg.split)
-    assert cfg.path is not None, "DataConfig.problems() refuses this"
-    return file_source(cfg, "data.path", cfg.path)
-
-
-def open_eval_source(cfg: DataConfig) -> Source | None:
-    """Return the source that is only held out, if the user names one."""
-    if cfg.eval_split is not None:
-        from trainer.data.hf import hub_source
-
-        return hub_source(cfg, cfg.eval_split)
-    return file_source(cfg, "data.eval_path", cfg.eval_path) if cfg.eval_path else None
-
-
 def file_source(cfg: DataConfig, option: str, path: str) -> Source:
     is_text = cfg.source is Kind.text
     suffixes = TEXT_SUFFIXES if is_text else JSON_SUFFIXES
