@@ -7,7 +7,6 @@ about data and model files is found before weights are made.
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import transformers
 from torch import nn
 from torch.optim import Optimizer

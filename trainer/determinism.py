@@ -14,7 +14,7 @@ def make_deterministic(model: nn.Module, vocab_size: int) -> str | None:
     Returns:
         What to tell the user where it could not be had, else None.
     """
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs bandwidth
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs bandwidth
     torch.use_deterministic_algorithms(True)
     device = next(model.parameters()).device
     ids = (torch.arange(12, device=device) % vocab_size)[None]

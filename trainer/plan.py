@@ -15,6 +15,7 @@ What a real run may do otherwise:
 """
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from offload.config import Fate
 from optim import registry
@@ -34,10 +38,10 @@ from trainer.build import Trainable, make_trainable
 from trainer.data.batch import Batch, StepBatch
 from trainer.data.files import local_path
 from trainer.data.hub import go_offline
-from trainer.data.tokenizer import byte_tokenizer, load_tokenizer, vocabulary_size
+from trainer.data.tokenizer import load_tokenizer, vocabulary_size
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
-from trainer.memory import Peak, Timeline
+from trainer.memory import MemoryMeter, Peak, Timeline
 from trainer.model import build_model, check_length, check_vocabulary, first_line, model_config, parameter_count
 from trainer.schema import Config, Device, Dtype, Initial
 from trainer.step import train_step
@@ -88,17 +92,19 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
     with undisturbed(device), FakeTensorMode():
         model = build_model(from_scratch, deepcopy(config), weights=cfg.precision.weights, device=device, seed=cfg.seed)
         trainable = make_trainable(cfg, world, model)
+        meter = MemoryMeter(model, trainable.optimizer, device, allocator=False)
+        trainable = replace(trainable, meter=meter)
         try:
             first = count(trainable, 0)
             # Real DDP makes its buckets anew, in the order gradients came, before its second step. It cannot do so
             # here, where it would tell other ranks; made anew with the engine, they are as large.
-            del trainable.engine.model
             trainable = replace(trainable, engine=TorchEngine(model, trainable.optimizer, world, cfg.parallel))
             steady = count(trainable, 1)
         except RuntimeError as error:  # of torch: the size of a result depends on values, or nobody has written it down
             raise UserError(
                 f"model={cfg.model.name}: the step of {type(model).__name__} cannot be predicted "
-                f"({type(error).__name__}: {first_line(error)}). Train a few steps instead; memory.json holds what they took."
+                f"({type(error).__name__}: {first_line(error)}). "
+                "Train a few steps instead; memory.json holds what they took."
             ) from error
     steps = {"first": first, "steady": steady}
     return Plan(parameters=parameter_count(model), ranks=ranks, device=device.type, steps=steps)
@@ -149,22 +155,71 @@ def planned_config(cfg: Config) -> transformers.PretrainedConfig:
     Raises:
         UserError: model or tokenizer are not here, or do not fit each other or the rows.
     """
-    if any(name is not None and not local_path(name).exists() for name in (cfg.model.path, hub_tokenizer(cfg))):
+    if is_elsewhere(cfg.model.path) or is_elsewhere(cfg.data.tokenizer):
         go_offline()
-    if hub_tokenizer(cfg) is not None and (cfg.model.path is not None or cfg.model.vocab_size is not None):
-        config = model_config(cfg.model, byte_tokenizer(), 0)  # special tokens take no bytes
+    known = cfg.model.path is not None or cfg.model.vocab_size is not None
+    if known and is_elsewhere(cfg.data.tokenizer):  # a tokenizer takes no bytes, so this one is not looked for
+        config = described(cfg, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel())), 0)
     else:
-        tokenizer = load_tokenizer(cfg.data.tokenizer)
-        config = model_config(cfg.model, tokenizer, vocabulary_size(tokenizer))
+        tokenizer = found_tokenizer(cfg)
+        config = described(cfg, tokenizer, vocabulary_size(tokenizer))
         check_vocabulary(config, vocabulary_size(tokenizer))
     check_length(config, cfg.data.sequence_length)
     return config
 
 
-def hub_tokenizer(cfg: Config) -> str | None:
-    """Return the tokenizer's name if it is one of the hub's, which may not be on this machine."""
-    name = cfg.data.tokenizer
-    return None if name == "byte" or local_path(name).exists() else name
+def is_elsewhere(name: str | None) -> bool:
+    """Whether a model or tokenizer is the hub's, so that at most a copy of it is on this machine."""
+    return name is not None and name != "byte" and not local_path(name).exists()
+
+
+def described(cfg: Config, tokenizer: PreTrainedTokenizerBase, needed: int) -> transformers.PretrainedConfig:
+    try:
+        return model_config(cfg.model, tokenizer, needed)
+    except UserError as error:
+        raise not_here("model.path", cfg.model.path, "the folder of its config.json", error) from error
+
+
+def found_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(cfg.data.tokenizer)
+    except UserError as error:
+        raise not_here("data.tokenizer", cfg.data.tokenizer, "model.vocab_size=N, or its folder", error) from error
+
+
+def not_here(option: str, name: str | None, remedy: str, error: UserError) -> UserError:
+    """Say that a plan fetches nothing, where that is the reason."""
+    if not is_elsewhere(name):
+        return error
+    return UserError(
+        f"{option}={name}: no such folder, and no copy in this machine's hub cache. A plan downloads nothing; "
+        f"give {remedy}."
+    )
+
+
+def compare(
+    cfg: Config, config: transformers.PretrainedConfig, plan: Plan, *, device: torch.device, seconds: float
+) -> tuple[dict[str, Plan], list[str]]:
+    """Plan what could be chosen instead of `cfg`, and return the overrides that took too long.
+
+    Args:
+        plan: of `cfg`.
+        seconds: spent at most, as far as the plans made so far can tell.
+    """
+    plans: dict[str, Plan] = {}
+    untried = []
+    end, longest = time.monotonic() + seconds, 0.0
+    for override, changed in alternatives(cfg, plan.peak).items():
+        begin = time.monotonic()
+        if begin + longest > end:
+            untried.append(override)
+            continue
+        try:
+            plans[override] = predict(changed, config, ranks=plan.ranks, device=device)
+        except UserError:  # the model does not take this choice
+            continue
+        longest = max(longest, time.monotonic() - begin)
+    return plans, untried
 
 
 def alternatives(cfg: Config, peak: Peak) -> dict[str, Config]:

@@ -50,9 +50,7 @@ def headline(cfg: Config, plan: Plan) -> Text:
     micro_steps = rows // cfg.train.micro_batch
     each = f"{plural(micro_steps, 'micro-step')} of {plural(cfg.train.micro_batch, 'sequence')}"
     share = "a step" if plan.ranks == 1 else "a step of each rank"
-    return Text.assemble(
-        (info(cfg, plan).facts(), "bold"), f"\n{share}: {each} of {cfg.data.sequence_length} tokens"
-    )
+    return Text.assemble((info(cfg, plan).facts(), "bold"), f"\n{share}: {each} of {cfg.data.sequence_length} tokens")
 
 
 def info(cfg: Config, plan: Plan) -> RunInfo:
@@ -116,9 +114,10 @@ def instead_table(plan: Plan, instead: Instead) -> Table:
     table.add_column("peak", justify="right", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     for override, other in sorted(instead.items(), key=lambda choice: choice[1].peak.total):
-        change = other.peak.total / plan.peak.total - 1
-        style = "green" if change < 0 else "yellow"
-        table.add_row(override, format_bytes(other.peak.total), Text(f"{100 * change:+.0f}%", style))
+        change = f"{100 * (other.peak.total / plan.peak.total - 1):+.0f}%"
+        style = "green" if change.startswith("-") else "yellow"
+        same = change in ("+0%", "-0%")
+        table.add_row(override, format_bytes(other.peak.total), Text("the same") if same else Text(change, style))
     return table
 
 

@@ -90,8 +90,13 @@ def draw_peak(axes: "Axes", along: float, x: int, y: float, text: str) -> None:
     axes.plot([x], [y], "o", color=INK, markersize=7, zorder=5, clip_on=False)
     side = -1 if along > 0.75 else 1
     axes.annotate(
-        f"peak {text}", (x, y), xytext=(12 * side, 9), textcoords="offset points",
-        ha="right" if side < 0 else "left", fontsize=15, fontweight="bold",
+        f"peak {text}",
+        (x, y),
+        xytext=(12 * side, 9),
+        textcoords="offset points",
+        ha="right" if side < 0 else "left",
+        fontsize=15,
+        fontweight="bold",
     )
 
 
@@ -109,7 +114,13 @@ def draw_phases(axes: "Axes", timeline: Timeline) -> None:
         center = max((first + last) / 2, free_from + half)  # a short phase's name may stand a little to its right
         if center - (first + last) / 2 < 5 * letter and len(runs) <= 24:
             axes.text(
-                center, 1.012, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", color=MUTED,
+                center,
+                1.012,
+                name,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                color=MUTED,
                 fontsize=13,
             )
             free_from = center + half
@@ -180,8 +191,16 @@ def draw_losses(axes: "Axes", by_step: Mapping[int, Mapping[str, Any]]) -> None:
     held_steps, held = series(by_step, "eval_loss")
     if len(held):
         axes.plot(
-            held_steps, held, "o-", color=heldout, linewidth=1.4, markersize=7, markeredgecolor="white",
-            label="held out", clip_on=False, zorder=4,
+            held_steps,
+            held,
+            "o-",
+            color=heldout,
+            linewidth=1.4,
+            markersize=7,
+            markeredgecolor="white",
+            label="held out",
+            clip_on=False,
+            zorder=4,
         )
     if len(steps) or len(held):
         axes.legend(frameon=False, loc="upper right", fontsize=14)
@@ -202,8 +221,15 @@ def name_ticks(axes: "Axes", name: str, side: str) -> None:
     """Write what an x axis counts to the left of its numbers, where it costs no height."""
     up = 1 if side == "top" else -1
     axes.annotate(
-        name, (0, up > 0), xycoords="axes fraction", xytext=(-26, up * 8), textcoords="offset points",
-        ha="right", va="bottom" if up > 0 else "top", color=MUTED, fontsize=13,
+        name,
+        (0, up > 0),
+        xycoords="axes fraction",
+        xytext=(-26, up * 8),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if up > 0 else "top",
+        color=MUTED,
+        fontsize=13,
     )
 
 

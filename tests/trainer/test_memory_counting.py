@@ -24,8 +24,14 @@ def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, vocab_size=96,
-            max_position_embeddings=64, tie_word_embeddings=True, attention_dropout=0.1,
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vocab_size=96,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            attention_dropout=0.1,
         )
     ).train()
 
@@ -183,7 +189,7 @@ def test_dtensors_count_by_their_local_shard(one_rank: None) -> None:
             with meter.phase("step"):
                 optimizer.step()
     assert meter.held() == {"weights": 120, "gradients": 120, "states": 2 * 120 + 4}
-    end, = timeline.ends("step")
+    (end,) = timeline.ends("step")
     assert {kind: end[kind] for kind in meter.held()} == meter.held()
 
 
@@ -204,7 +210,7 @@ def test_ddp_counts_its_buckets(one_rank: None, as_view: bool) -> None:
             with meter.phase("step"):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=not as_view)
-    end, = timeline.ends("backward")
+    (end,) = timeline.ends("backward")
     assert end["weights"] == end["gradients"] == size
     assert end["workspace"] == x.nbytes + 4 + (0 if as_view else size)  # batch, loss, and the buckets
 
@@ -228,7 +234,7 @@ def test_recomputed_activations_are_activations_only_while_they_live() -> None:
                 loss = forward(recompute)
             with meter.phase("backward"):
                 loss.backward()
-        end, = timeline.ends("forward")
+        (end,) = timeline.ends("forward")
         found[recompute] = (end["activations"], timeline.bytes_by_kind[3].max())
     # Kept: the first input, and of each block what its two tanh gave, the first being the second layer's input.
     # Recomputed: the blocks' four inputs. At the peak the last block has made its two tanh again.
@@ -244,7 +250,7 @@ class Square(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        double, = ctx.saved_tensors
+        (double,) = ctx.saved_tensors
         return grad * double
 
 
@@ -329,7 +335,8 @@ def test_phases_repeat_nest_and_own_their_peaks() -> None:
     assert timeline.peak.phase == "between" and timeline.peak.total == 400 + 16
     written = timeline.to_json()
     assert written["peak"] == {
-        "total": 416, "phase": "between",
+        "total": 416,
+        "phase": "between",
         "by_kind": {"weights": 16, "gradients": 0, "states": 0, "activations": 0, "workspace": 400},
     }
     assert list(written["peak_by_phase"]) == ["between", "micro", "forward"]

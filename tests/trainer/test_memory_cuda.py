@@ -61,7 +61,11 @@ def test_kinds_sum_to_the_allocators_peak_of_each_phase(monkeypatch: pytest.Monk
     }
     assert timeline.peak == timeline.peak_by_phase["backward"]
     assert timeline.to_json()["peak"] == {
-        "total": 9000, "phase": "backward", "by_kind": kinds(256, 8744), "unaccounted": 744, "requested": 8000,
+        "total": 9000,
+        "phase": "backward",
+        "by_kind": kinds(256, 8744),
+        "unaccounted": 744,
+        "requested": 8000,
     }
 
 

@@ -52,7 +52,10 @@ def counted(model: nn.Module, optimizer: Optimizer, step: Callable[..., None], b
 
 def kinds(weights: int, gradients: int, states: int, activations: int, workspace: int) -> dict[str, int]:
     return {
-        "weights": weights, "gradients": gradients, "states": states, "activations": activations,
+        "weights": weights,
+        "gradients": gradients,
+        "states": states,
+        "activations": activations,
         "workspace": workspace,
     }
 
@@ -115,8 +118,14 @@ def test_a_linear_stack_with_galore_holds_what_a_hand_count_says() -> None:
 def llama(tied: bool = False, **changed: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     settings = {
-        "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64, "tie_word_embeddings": tied,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
     }
     return LlamaForCausalLM(LlamaConfig(**settings | changed))
 
@@ -157,14 +166,19 @@ def test_a_tied_llama_holds_what_a_hand_count_says() -> None:
     loss = t * vocab + 1  # log-softmax, and the sum of the targets' weights
     rotary = 2 * length * (hidden // heads)  # cosine and sine, once for all layers
     held = (layers * layer + final + loss + rotary) * FLOAT + t * INT  # and the tokens, for embedding and loss
-    forward, = timeline.ends("forward")
+    (forward,) = timeline.ends("forward")
     assert {kind: forward[kind] for kind in ("weights", "gradients", "states", "activations")} == {
-        "weights": weights, "gradients": 0, "states": 2 * parameters * FLOAT, "activations": held,
+        "weights": weights,
+        "gradients": 0,
+        "states": 2 * parameters * FLOAT,
+        "activations": held,
     }
-    backward, = timeline.ends("backward")
+    (backward,) = timeline.ends("backward")
     assert (backward["gradients"], backward["activations"]) == (parameters * FLOAT, 0)
     assert MemoryMeter(model, optimizer, CPU).held() == {
-        "weights": weights, "gradients": 0, "states": 2 * parameters * FLOAT
+        "weights": weights,
+        "gradients": 0,
+        "states": 2 * parameters * FLOAT,
     }
 
 

@@ -22,8 +22,14 @@ BATCH, LENGTH = 3, 24
 def llama(attention: str = "sdpa", layers: int = 2) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=32, intermediate_size=56, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=96, max_position_embeddings=64, attn_implementation=attention,
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=96,
+            max_position_embeddings=64,
+            attn_implementation=attention,
         )
     ).train()
 
@@ -67,9 +73,7 @@ def timelines(fake: bool, cfg: OptimConfig, attention: str, recompute: bool, bf1
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
-@pytest.mark.parametrize(
-    "cfg", [AdamWConfig(), GaLoreConfig(rank=4, update_proj_gap=4)], ids=lambda cfg: str(cfg.name)
-)
+@pytest.mark.parametrize("cfg", [AdamWConfig(), GaLoreConfig(rank=4, update_proj_gap=4)], ids=lambda cfg: str(cfg.name))
 def test_a_step_on_fake_tensors_holds_the_very_bytes_of_the_real_one(
     cfg: OptimConfig, attention: str, recompute: bool, bf16: bool
 ) -> None:

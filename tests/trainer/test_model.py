@@ -201,3 +201,17 @@ def test_export_does_not_write_over_anything(text: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="not an empty folder"):
         export_run(tmp_path / "run", tmp_path / "taken", None)
     assert (tmp_path / "taken" / "precious").read_text() == "mine"
+
+
+def test_bf16_weights_leave_the_rotary_frequencies_in_fp32(tmp_path: Path) -> None:
+    """Rounded to bf16 they would turn positions by up to half a per cent, more at each further token."""
+    from parallel.launch import World
+    from trainer.model import build_model, model_config
+    from trainer.schema import Dtype
+
+    cfg = load(["precision=bf16_pure"])
+    config = model_config(cfg.model, load_tokenizer("byte"), 264)
+    model = build_model(cfg.model, config, weights=Dtype.bf16, device=World().device, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    exact = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    assert torch.allclose(model.model.rotary_emb.inv_freq.double(), exact, rtol=1e-6)

@@ -60,7 +60,7 @@ def test_the_memory_plot_stacks_the_kinds_and_names_the_peak(tmp_path: Path, dra
     for kind in KINDS:  # each shows in the stack, left of the legend
         wanted = np.array([int(KIND_COLORS[kind][i : i + 2], 16) for i in (1, 3, 5)])
         assert (abs(colors[:, :1280] - wanted).sum(-1) <= 3).sum() > 20, f"{kind} does not show"
-    figure, = drawn
+    (figure,) = drawn
     shown = texts(figure)
     assert f"peak {format_bytes(timeline.peak.total)}" in shown
     assert f"at the peak, in {timeline.peak.phase}" in shown
@@ -72,8 +72,8 @@ def test_the_allocators_peak_is_shown_where_there_is_one(tmp_path: Path, drawn: 
     highest = int(timeline.total.max())
     timeline.allocator = dict.fromkeys(timeline.peak_by_phase, (2 * highest, highest))
     plot_memory(timeline, tmp_path / "memory.png")
-    axes, = drawn[0].axes
-    peak, = (line for line in axes.lines if line.get_marker() == "o")
+    (axes,) = drawn[0].axes
+    (peak,) = (line for line in axes.lines if line.get_marker() == "o")
     assert peak.get_ydata()[0] * 2**20 == pytest.approx(2 * highest)
     assert axes.get_ylim()[1] * 2**20 > 2 * highest
 
@@ -107,7 +107,7 @@ def test_the_loss_plot_takes_whatever_was_measured(tmp_path: Path, case: str) ->
 
 def test_the_loss_plot_shows_each_series_at_its_steps(tmp_path: Path, drawn: list[Figure]) -> None:
     plot_loss(RECORDS["a run"], tmp_path / "loss.png")
-    figure, = drawn
+    (figure,) = drawn
     axes, rate = figure.axes
     raw, smoothed, heldout = axes.lines
     assert list(raw.get_xdata()) == list(range(100)) and raw.get_ydata()[0] == 6

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-import time
 
 from trainer import check
 from trainer.cli.compose import as_object, compose, conclude, message
@@ -14,12 +13,13 @@ from trainer.cli.runs import Arguments
 from trainer.errors import UserError
 from trainer.schema import Config
 
-DESCRIPTION = """Predicted peak memory of each rank, by kind and phase: the run's own step, on fake tensors.
+DESCRIPTION = """Predicted peak memory of each rank, by kind and phase: the run's own step, on
+fake tensors. Takes the options of `stowage train`, reads no data, and needs
+neither the GPU nor the memory of the run.
 
-Takes the options of `stowage train`, reads no data and needs neither the GPU nor the memory of the run:
   stowage plan
-  stowage plan model=llama_7b optim=galore precision=bf16_pure data.sequence_length=2048 train.micro_batch=1
-  stowage plan --ranks 8 model=llama_1b train.global_batch=512 train.micro_batch=8
+  stowage plan model=llama_7b precision=bf16_pure data.sequence_length=2048
+  stowage plan --ranks 8 model=llama_1b train.global_batch=512
   stowage plan --json activations=recompute"""
 
 SECONDS = 30.0
@@ -31,23 +31,12 @@ def main(arguments: list[str]) -> int:
     cfg = load(asked.overrides, asked.ranks)  # mistakes come before torch is imported
     if not leads():
         return 0
-    from trainer.plan import alternatives, counting_device, planned_config, predict
+    from trainer.plan import compare, counting_device, planned_config, predict
     from trainer.plan_report import plan_json, plan_report, plan_text
 
     config, device = planned_config(cfg), counting_device(cfg)
     plan = predict(cfg, config, ranks=asked.ranks, device=device)
-    instead, untried = {}, []
-    end, longest = time.monotonic() + SECONDS, 0.0
-    for override, changed in {} if asked.alone else alternatives(cfg, plan.peak).items():
-        begin = time.monotonic()
-        if begin + longest > end:
-            untried.append(override)
-            continue
-        try:
-            instead[override] = predict(changed, config, ranks=asked.ranks, device=device)
-        except ValueError:  # the model or its parameters do not take this choice
-            continue
-        longest = max(longest, time.monotonic() - begin)
+    instead, untried = ({}, []) if asked.alone else compare(cfg, config, plan, device=device, seconds=SECONDS)
     if asked.json:
         print(json.dumps(plan_json(cfg, plan, instead, untried), indent=2))
     elif sys.stdout.isatty():
@@ -66,7 +55,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--ranks", type=int, metavar="N", default=int(os.environ.get("WORLD_SIZE", "1")),
         help="processes of the run, of which one is predicted; default 1",
     )  # fmt: skip
-    parser.add_argument("--alone", action="store_true", help="plan these choices only, not what could be chosen instead")
+    parser.add_argument(
+        "--alone", action="store_true", help="plan these choices only, not what could be chosen instead"
+    )
     parser.add_argument("--json", action="store_true", help="print the same as JSON, in bytes")
     asked = parser.parse_intermixed_args(arguments)
     if asked.ranks < 1:
