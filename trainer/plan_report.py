@@ -10,13 +10,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trainer.display.plots import KIND_COLORS
+from trainer.display.view import RunInfo
 from trainer.memory import KINDS, Peak, format_bytes
-from trainer.memory_timeline import BETWEEN
+from trainer.memory.timeline import BETWEEN
 from trainer.plan import Plan
-from trainer.plots import KIND_COLORS
 from trainer.precision import precision_text
 from trainer.schema import Config, Device
-from trainer.view import RunInfo
 
 Instead = Mapping[str, Plan]
 """Plans of other choices, by the override that makes each."""

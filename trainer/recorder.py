@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from parallel.launch import World
+from trainer.display.progress import Progress, RunInfo
 from trainer.metrics import MetricsFile
-from trainer.progress import Progress, RunInfo
 from trainer.schema import Config
 from trainer.track import open_trackers
 

@@ -7,16 +7,16 @@ from typing import Any
 from optim import registry
 from optim.config import AdamWConfig
 from trainer.build import Built
+from trainer.display.plots import plot_loss, plot_memory
+from trainer.display.progress import RunInfo
+from trainer.display.report import Memory, Outcome, print_report
 from trainer.folder import RunFolder
 from trainer.loop import Run
 from trainer.metrics import read_metrics
 from trainer.model import first_line, parameter_count
 from trainer.plan import predict
-from trainer.plots import plot_loss, plot_memory
 from trainer.precision import precision_text, torch_dtype
-from trainer.progress import RunInfo
 from trainer.recorder import Recorder
-from trainer.report import Memory, Outcome, print_report
 from trainer.schema import Config
 
 

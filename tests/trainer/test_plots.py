@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import nn
 
+from trainer.display.plots import KIND_COLORS, merge_steps, phase_runs, plot_loss, plot_memory, series, smooth
 from trainer.memory import KINDS, MemoryMeter, Timeline, format_bytes
-from trainer.plots import KIND_COLORS, merge_steps, phase_runs, plot_loss, plot_memory, series, smooth
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trainer import panel
+from trainer.display import panel
+from trainer.display.panel import render, share_cells, sparks
+from trainer.display.progress import Progress
+from trainer.display.units import count_text, duration_text
+from trainer.display.view import CURVE, RunInfo, Trend, View
 from trainer.memory import KINDS
-from trainer.panel import render, share_cells, sparks
-from trainer.progress import Progress
-from trainer.units import count_text, duration_text
-from trainer.view import CURVE, RunInfo, Trend, View
 
 MIB = 2**20
 INFO = RunInfo(

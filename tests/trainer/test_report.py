@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from trainer.display.report import (
+    MEANING,
+    Memory,
+    Outcome,
+    final_report,
+    print_report,
+    ratio_text,
+    relative_path,
+    report_text,
+)
 from trainer.memory import KINDS
-from trainer.report import MEANING, Memory, Outcome, final_report, print_report, ratio_text, relative_path, report_text
 
 MIB = 2**20
 RUN = {"weights": 13 * MIB, "gradients": 12 * MIB, "states": 8 * MIB, "activations": 41 * MIB, "workspace": 6 * MIB}

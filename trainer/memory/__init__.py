@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.memory_count import StorageCounter
-from trainer.memory_storages import HELD_KINDS, KINDS, held_bytes
-from trainer.memory_timeline import BETWEEN, Peak, Span, Timeline
+from trainer.memory.count import StorageCounter
+from trainer.memory.storages import HELD_KINDS, KINDS, held_bytes
+from trainer.memory.timeline import BETWEEN, Peak, Span, Timeline
 
 __all__ = ["HELD_KINDS", "KINDS", "MemoryMeter", "Peak", "Span", "Timeline", "by_kind_line", "format_bytes"]
 

@@ -12,9 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trainer.display.plots import KIND_COLORS
+from trainer.display.units import count_text, duration_text, perplexity_text
 from trainer.memory import KINDS, format_bytes
-from trainer.plots import KIND_COLORS
-from trainer.units import count_text, duration_text, perplexity_text
 
 MEANING = {
     "weights": "parameters and buffers",

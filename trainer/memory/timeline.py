@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.memory_record import Record
-from trainer.memory_storages import ACTIVATIONS, KINDS, WORKSPACE
+from trainer.memory.record import Record
+from trainer.memory.storages import ACTIVATIONS, KINDS, WORKSPACE
 
 BETWEEN = "between"
 """Phase of the samples that lie in none."""

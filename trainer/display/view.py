@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.units import count_text
+from trainer.display.units import count_text
 
 CURVE = 240
 """Parts of a run that the small loss curve tells apart."""

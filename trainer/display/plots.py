@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.memory import KINDS, Timeline, format_bytes
-from trainer.memory_timeline import BETWEEN
+from trainer.memory.timeline import BETWEEN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

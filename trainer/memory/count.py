@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.memory_operators import aten, makes_nothing, opens_up, patched, sums_gradients
-from trainer.memory_record import Record, Saved, unpack
-from trainer.memory_storages import (
+from trainer.memory.operators import aten, makes_nothing, opens_up, patched, sums_gradients
+from trainer.memory.record import Record, Saved, unpack
+from trainer.memory.storages import (
     GRADIENTS,
     STATES,
     WEIGHTS,

@@ -25,10 +25,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trainer.display.plots import KIND_COLORS
+from trainer.display.units import duration_text, number_text, perplexity_text
+from trainer.display.view import CURVE, View
 from trainer.memory import format_bytes
-from trainer.plots import KIND_COLORS
-from trainer.units import duration_text, number_text, perplexity_text
-from trainer.view import CURVE, View
 
 REFRESH = 4.0
 """Looks a second for something new to draw."""

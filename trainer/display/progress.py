@@ -11,10 +11,10 @@ from typing import Any, Protocol, Self, TextIO
 
 from rich.console import Console
 
+from trainer.display.panel import LivePanel
+from trainer.display.units import duration_text, number_text, perplexity_text
+from trainer.display.view import RunInfo, View
 from trainer.memory import KINDS, format_bytes
-from trainer.panel import LivePanel
-from trainer.units import duration_text, number_text, perplexity_text
-from trainer.view import RunInfo, View
 
 __all__ = ["Progress", "RunInfo"]
 
