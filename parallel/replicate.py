@@ -1,5 +1,7 @@
 """ZeRO stage 0: every rank holds all weights; gradients are summed as backward produces them (DDP)."""
 
+import inspect
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,6 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parallel.config import ParallelConfig
 from parallel.launch import World
+
+# Renamed in torch 2.13. Buffers are constants of the model (rotary frequencies), equal everywhere from the start.
+OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in OPTIONS else "broadcast_buffers"
 
 
 def sum_gradients(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -28,7 +34,7 @@ def replicate(model: nn.Module, world: World, cfg: ParallelConfig) -> nn.Module:
     wrapped = DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
+        **{BUFFER_SYNC: False},  # type: ignore[arg-type]
         gradient_as_bucket_view=True,
         bucket_cap_mb=cfg.bucket_mib,
         process_group=world.gradients,
