@@ -23,6 +23,8 @@ class AdamW(ComposedOptimizer):
         rounding: how bf16 weights take an fp32 step: "nearest" or "stochastic".
     """
 
+    choices: dict[str, Any] = {}
+
     def __init__(
         self,
         params: Any,
@@ -30,9 +32,6 @@ class AdamW(ComposedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        states: str = "fp32",
-        rounding: str = "nearest",
+        **options: Any,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"states": states, "rounding": rounding})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, options)

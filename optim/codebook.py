@@ -6,6 +6,7 @@ The dynamic map is that of Dettmers et al. 2022, arXiv:2110.02861, as bitsandbyt
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ def make_book(values: list[float], device: torch.device) -> CodeBook:
     return CodeBook(table.to(device), bounds.to(device), codes.to(device))
 
 
-BOOKS = {
+BOOKS: dict[tuple[int, bool], Callable[[], list[float]]] = {
     (8, True): functools.partial(dynamic_values, signed=True, exponents=7, bits=8),
     (8, False): functools.partial(dynamic_values, signed=False, exponents=7, bits=8),
     (4, True): functools.partial(dynamic_values, signed=True, exponents=3, bits=4),

@@ -103,7 +103,7 @@ class Blocks(Codec):
         """Views (rows, blocks, block) of a matrix of values, with the blocks they are: the full ones, then the rest."""
         full = matrix.shape[1] // self.block
         if full:
-            yield slice(0, full), matrix[:, : full * self.block].unflatten(1, (full, self.block))
+            yield slice(0, full), matrix[:, : full * self.block].view(matrix.shape[0], full, self.block)
         if full * self.block < matrix.shape[1]:
             yield slice(full, full + 1), matrix[:, full * self.block :].unsqueeze(1)
 
@@ -127,7 +127,7 @@ class Dynamic(Blocks):
         flat = values.reshape(len(values), -1)
         unit = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
         for (blocks, part), (_, out) in zip(self.parts(flat), self.parts(unit), strict=True):
-            largest = part.abs().amax(-1).float()
+            largest = (torch.maximum(part.amax(-1), -part.amin(-1)) if signed else part.amax(-1)).float()
             scale[:, blocks] = largest
             torch.mul(part, largest.clamp(min=TINY).reciprocal().unsqueeze(-1), out=out)
         found = book(self.bits, signed, codes).encode(unit).view(unit.shape)
@@ -139,8 +139,8 @@ class Dynamic(Blocks):
 class Expanded(Blocks):
     """E4M3 of sign(x) (|x| / Amax)^k, with k such that the block's range fills that of E4M3.
 
-    COAT scales by c = sqrt(Amax Amin), which cancels: x = sign Amax (|code| / 448)^(1/k). k is a multiple of 1/16, below
-    1 where the block's range exceeds E4M3's. Zeros are left out of Amin and stay zero.
+    COAT scales by c = sqrt(Amax Amin), which cancels: x = sign Amax (|code| / 448)^(1/k). k is a multiple of 1/16,
+    below 1 where the block's range exceeds E4M3's. Zeros are left out of Amin and stay zero.
     """
 
     extra = ("_scale", "_power")

@@ -6,7 +6,6 @@ A group without a `rank`, and every tensor that is not a matrix, takes the rule 
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +17,45 @@ from torch.distributed.tensor import DTensor
 from optim.base import Group, MemoryOptimizer, State, read, state_dtype
 from optim.codec import CODECS, PLAIN, codec_for
 from optim.lift import LIFTS
-from optim.projection import low_shape, project, side_of
-from optim.rounding import Store, seed_of, stochastic
-from optim.rules import Adam, Rule, Stepped
+from optim.projection import project
+from optim.rounding import Store, stochastic
+from optim.rules import AdamRule, Rule, Stepped
 from optim.subspace import Subspace, check_subspace
 
 log = logging.getLogger(__name__)
 
 ROUNDING = ("nearest", "stochastic")
+COMPAT = ("torch", "authors")
+DEFAULTS: dict[str, Any] = {"states": "fp32", "rounding": "nearest"}
+"""Options that every optimizer takes."""
+SUBSPACE_DEFAULTS: dict[str, Any] = {
+    "rank": None,
+    "update_proj_gap": 200,
+    "scale": 0.25,
+    "proj_type": "std",
+    "refresh": "warm",
+    "on_refresh": "keep",
+    "basis": "fp32",
+    "stagger": False,
+    "lazy": False,
+    "lazy_threshold": 0.4,
+    "compat": "torch",
+}
+"""Options of those that project:
+
+rank: rank of the subspace; a group without one is not projected.
+update_proj_gap: steps between two refreshes of the basis.
+scale: factor on the projected step; it does not touch the weight decay.
+proj_type: side that is projected, "std", "reverse_std", "left" or "right".
+refresh: how a basis is found: "warm" (eigendecomposition first, warm-started power iteration from then on), "svd",
+    "gram", "randomized" or, for APOLLO, "random".
+on_refresh: what becomes of the moments: "keep"; "sign" and "procrustes" turn the new basis to the old one, "rotate"
+    turns the moments to the new basis, "reset" begins them anew.
+basis: "fp32", or "int4" to keep the basis in half a byte a value.
+stagger: spread the refreshes of different matrices over the gap, by their names.
+lazy: double a matrix's gap while the last five overlaps of its subspaces average `lazy_threshold`.
+compat: "torch", or "authors" for the numerics of the method's own package.
+"""
 
 
 class ComposedOptimizer(MemoryOptimizer):
@@ -36,17 +66,37 @@ class ComposedOptimizer(MemoryOptimizer):
     optimizer runs; this guards other loops, at the price of one read per matrix from the device.
     """
 
-    rule: Rule = Adam()
+    rule: Rule = AdamRule()
     lift: str = "back"
+    choices: dict[str, Any] = SUBSPACE_DEFAULTS
+    """Options of the class beyond DEFAULTS, with what it chooses where the user does not."""
     skipped: int = 0
+
+    def __init__(self, params: Any, defaults: Group, options: Group) -> None:
+        known = DEFAULTS | self.choices
+        unknown = [key for key in options if key not in known]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {unknown[0]}; it has {', '.join(known)}")
+        super().__init__(params, known | defaults | options)
+
+    @classmethod
+    def lift_of(cls, group: Group) -> str:
+        """Name of the way back that a group takes."""
+        return cls.lift
 
     def check_options(self, group: Group) -> None:
         super().check_options(group)
         _require_known(group, "states", tuple(CODECS))
         _require_known(group, "rounding", ROUNDING)
+        if "compat" in group:
+            _require_known(group, "compat", COMPAT)
         if group.get("rank") is not None:
-            check_subspace(group, self.lift, self.rule)
+            self.check_matrix_options(group)
             self._warn_of_cut_ranks(group)
+
+    def check_matrix_options(self, group: Group) -> None:
+        """Raise ValueError if the options of a group with a `rank` make no sense."""
+        check_subspace(group, self.lift_of(group), self.rule)
 
     def init_state(self, p: Tensor, group: Group) -> State:
         if isinstance(p, DTensor) and (_projected(p.shape, group) or codec_for(group["states"], p.shape) is not PLAIN):
@@ -56,9 +106,13 @@ class ComposedOptimizer(MemoryOptimizer):
             )
         if not _projected(p.shape, group):
             return self.rule.new_state(p, p.shape, group)
+        return self.matrix_state(p, group)
+
+    def matrix_state(self, p: Tensor, group: Group) -> State:
+        """State of a projected matrix."""
         subspace = Subspace(p.shape, group)
         state = self.rule.new_state(p, subspace.low_shape, group) | subspace.new_state(p)
-        if LIFTS[self.lift].limited:
+        if LIFTS[self.lift_of(group)].limited:
             state["growth"] = p.new_zeros((), dtype=state_dtype(p.dtype))
         return state
 
@@ -74,12 +128,12 @@ class ComposedOptimizer(MemoryOptimizer):
         if plain:
             self.rule.step_(plain, group, lr=group["lr"], weight_decay=group["weight_decay"])
         for item, name in projected:
-            if not self._step_projected(item, name, group):
+            if not self.step_matrix(item, name, group):
                 self.skipped += 1
                 log.warning("gradient of %s is not finite: weight and state left as they were", name)
 
-    def _step_projected(self, item: Stepped, name: str, group: Group) -> bool:
-        """Step one matrix. False, and nothing written, if its gradient is not finite."""
+    def step_matrix(self, item: Stepped, name: str, group: Group) -> bool:
+        """Step one projected matrix. False, and nothing written, if its gradient is not finite."""
         state, subspace = item.state, Subspace(item.param.shape, group)
         if subspace.due(state):
             self._refresh(item.grad, state, subspace, name)
@@ -88,7 +142,7 @@ class ComposedOptimizer(MemoryOptimizer):
         # One non-finite element of G makes at least one of R non-finite (0 times inf is NaN), and R is smaller.
         if self.check_finite and not read(torch.isfinite(low.sum()), usual=1.0):
             return False
-        LIFTS[self.lift].step_(item, self.rule, low, basis, subspace.side, group)
+        LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace.side, group)
         return True
 
     def _refresh(self, grad: Tensor, state: State, subspace: Subspace, name: str) -> None:
@@ -117,8 +171,13 @@ class ComposedOptimizer(MemoryOptimizer):
     def state_bytes(cls, shape: Sequence[int], group: Group, dtype: torch.dtype = torch.float32) -> int:
         if not _projected(shape, group):
             return cls.rule.state_bytes(shape, group, dtype)
+        return cls.matrix_bytes(shape, group, dtype)
+
+    @classmethod
+    def matrix_bytes(cls, shape: Sequence[int], group: Group, dtype: torch.dtype) -> int:
+        """Bytes of the tensors of `matrix_state`."""
         subspace = Subspace(shape, group)
-        growth = state_dtype(dtype).itemsize if LIFTS[cls.lift].limited else 0
+        growth = state_dtype(dtype).itemsize if LIFTS[cls.lift_of(group)].limited else 0
         return cls.rule.state_bytes(subspace.low_shape, group, dtype) + subspace.state_bytes(dtype) + growth
 
 

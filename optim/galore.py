@@ -16,7 +16,7 @@ from optim.compose import ComposedOptimizer
 
 
 class LowRankAdamW(ComposedOptimizer):
-    """Base of the projected optimizers on Adam; keyword arguments are defaults of the group keys.
+    """Base of the projected optimizers on Adam.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups; a group with a `rank` is projected.
@@ -24,20 +24,10 @@ class LowRankAdamW(ComposedOptimizer):
         betas: decay rates of the two moments.
         eps: default 1e-8; with compat="authors" 1e-6, as theirs.
         weight_decay: decoupled decay; `scale` does not touch it.
-        refresh: how a basis is found, the class's choice by default; "svd" with compat="authors".
-        on_refresh: what becomes of the moments: "keep", "sign" and "procrustes" turn the new basis to the old one,
-            "rotate" turns the moments to the new basis, "reset" begins them anew.
-        basis: "fp32", or "int4" to keep the basis in half a byte a value.
-        stagger: spread the refreshes of different matrices over the gap, by their names.
-        lazy: double a matrix's gap while the last five overlaps of its subspaces average `lazy_threshold`.
-        states: codec of the moments: "fp32", "bf16", "int8", "int4" or "fp8".
-        rounding: how bf16 weights take an fp32 step: "nearest" or "stochastic".
         compat: "torch" (eps after the bias correction, decay before the update) or "authors", which follows
             the authors' package step for step: eps before the correction, decay after the update, the solver's signs.
+        options: `states`, `rounding` and what `optim.compose.SUBSPACE_DEFAULTS` lists, as defaults of the groups.
     """
-
-    choices: dict[str, Any] = {"scale": 1.0, "refresh": "warm"}
-    """What this method chooses where the user does not."""
 
     def __init__(
         self,
@@ -47,43 +37,19 @@ class LowRankAdamW(ComposedOptimizer):
         eps: float | None = None,
         weight_decay: float = 0.0,
         *,
-        refresh: str | None = None,
-        on_refresh: str = "keep",
-        basis: str = "fp32",
-        stagger: bool = False,
-        lazy: bool = False,
-        lazy_threshold: float = 0.4,
-        states: str = "fp32",
-        rounding: str = "nearest",
         compat: str = "torch",
+        **options: Any,
     ) -> None:
         authors = compat == "authors"
-        exact = "svd" if authors and self.choices["refresh"] == "warm" else self.choices["refresh"]
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": (1e-6 if authors else 1e-8) if eps is None else eps,
-            "weight_decay": weight_decay,
-            "rank": None,
-            "update_proj_gap": 200,
-            "proj_type": "std",
-            "on_refresh": on_refresh,
-            "basis": basis,
-            "stagger": stagger,
-            "lazy": lazy,
-            "lazy_threshold": lazy_threshold,
-            "states": states,
-            "rounding": rounding,
-            "compat": compat,
-        }
-        super().__init__(params, defaults | self.choices | {"refresh": exact if refresh is None else refresh})
+        if authors and self.choices["refresh"] == "warm":
+            options = {"refresh": "svd", **options}
+        eps = (1e-6 if authors else 1e-8) if eps is None else eps
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "compat": compat}
+        super().__init__(params, defaults, options)
 
 
 class GaLoreAdamW(LowRankAdamW):
     """GaLore-AdamW. Groups with a `rank` are projected where they hold matrices; all else takes AdamW.
 
     Group keys are those of galore-torch: `rank, update_proj_gap (200), scale (0.25), proj_type ("std")`.
-    The basis is found by an eigendecomposition first and a warm-started power iteration from then on.
     """
-
-    choices = {"scale": 0.25, "refresh": "warm"}

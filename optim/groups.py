@@ -33,8 +33,8 @@ def assign(shapes: Sequence[tuple[str, Sequence[int]]], rules: Sequence[Rule]) -
 
 
 def settle(cfg: OptimConfig, shapes: Sequence[tuple[str, Sequence[int]]]) -> OptimConfig:
-    """Return `cfg` with what it leaves to the model decided: a rank of None becomes a quarter of the median smaller side
-    of the projected matrices, which is a quarter of the hidden size in any transformer."""
+    """Return `cfg` with what it leaves to the model decided: a rank of None becomes a quarter of the median smaller
+    side of the projected matrices, which is a quarter of the hidden size in any transformer."""
     if getattr(cfg, "rank", 0) is not None:
         return cfg
     sides = [min(shape) for name, shape in shapes if any(_fits(rule, name, len(shape)) for rule in cfg.rules())]

@@ -80,7 +80,8 @@ def scaling(normed: Tensor, low: Tensor, side: Side, *, per_channel: bool) -> Te
     """s = |N| / |R|, shaped to multiply a gradient: (m, 1) for a right projection, (1, n) for a left, or (1, 1)."""
     axes = (0 if side == "left" else 1) if per_channel else (0, 1)
     over, under = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (normed, low))
-    return over / (under + SAFE)
+    found: Tensor = over / (under + SAFE)
+    return found
 
 
 def scaled_norm(grad: Tensor, low: Tensor, factor: Tensor, side: Side, *, inside: float) -> Tensor:
@@ -95,7 +96,8 @@ def scaled_norm(grad: Tensor, low: Tensor, factor: Tensor, side: Side, *, inside
 def channel_energy(grad: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
     """Sum of squares over one axis, kept. torch's norm over the first axis takes 10 times as long as this."""
     if axis == 1:
-        return torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=dtype).square_()
+        norms: Tensor = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=dtype)
+        return norms.square_()
     total = grad.new_zeros((1, grad.shape[1]), dtype=dtype)
     for rows in row_chunks(grad, CHUNK):
         total += grad[rows].to(dtype).square().sum(0, keepdim=True)
@@ -112,9 +114,7 @@ def limit_growth_(factor: Tensor, size: Tensor, growth: Tensor) -> Tensor:
     return factor / limit
 
 
-def scaled_add_(
-    item: Stepped, factor: Tensor, back: Tensor | None, basis: Tensor, side: Side, *, beta: float
-) -> None:
+def scaled_add_(item: Stepped, factor: Tensor, back: Tensor | None, basis: Tensor, side: Side, *, beta: float) -> None:
     """W <- beta W + G factor + back(`back`). A weight of lower precision is widened and rounded once, by chunks."""
     weight, grad = item.param, item.grad
     for rows in row_chunks(weight, CHUNK):

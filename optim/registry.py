@@ -12,7 +12,21 @@ if TYPE_CHECKING:
 
     from optim.base import MemoryOptimizer
 
-CLASSES = {"adamw": ("optim.adamw", "AdamW"), "galore": ("optim.galore", "GaLoreAdamW")}
+CLASSES = {
+    "adamw": ("optim.adamw", "AdamW"),
+    "adamw_8bit": ("optim.adamw", "AdamW"),
+    "adamw_4bit": ("optim.adamw", "AdamW"),
+    "adamw_fp8": ("optim.adamw", "AdamW"),
+    "sgd": ("optim.sgd", "SGD"),
+    "adafactor": ("optim.adafactor", "Adafactor"),
+    "galore": ("optim.galore", "GaLoreAdamW"),
+    "galore_8bit": ("optim.galore", "GaLoreAdamW"),
+    "galore_adafactor": ("optim.adafactor", "Adafactor"),
+    "apollo": ("optim.apollo", "APOLLO"),
+    "apollo_mini": ("optim.apollo", "APOLLOMini"),
+    "fira": ("optim.fira", "Fira"),
+    "cosmos": ("optim.cosmos", "COSMOS"),
+}
 """Module and class of each, imported on use: listing names costs no import of torch."""
 
 

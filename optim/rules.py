@@ -22,7 +22,7 @@ from optim.base import CHUNK, Group, State, contiguous_as, state_dtype
 from optim.codec import PLAIN, codec_for, rows_of
 from optim.rounding import Store
 
-CODED_CHUNK = 2**16
+CODED_CHUNK = 2**18
 """Values of a coded state that are decoded at a time, so that the steps between find them in a cache."""
 
 
@@ -121,7 +121,7 @@ class Elementwise(Rule):
                 item.store(part, weight)
 
 
-class Adam(Elementwise):
+class AdamRule(Elementwise):
     moments = (Moment("exp_avg", signed=True, power=1), Moment("exp_avg_sq", signed=False, power=2))
 
     def update_(
@@ -138,7 +138,7 @@ class Adam(Elementwise):
         return math.sqrt(1.0 - beta2**step) / float(1.0 - beta1**step)
 
 
-class SGD(Elementwise):
+class SGDRule(Elementwise):
     moments = (Moment("momentum_buffer", signed=True, power=1),)
 
     def update_(

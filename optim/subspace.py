@@ -25,7 +25,6 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right")
 REFRESH = (*METHODS, "warm", "randomized", "random")
 ON_REFRESH = ("keep", "sign", "procrustes", "rotate", "reset")
 BASIS: dict[str, Codec] = {"fp32": PLAIN, "int4": Affine4(block=256)}
-COMPAT = ("torch", "authors")
 
 FALL = 0.9
 """A warm basis that captures less than this share of what the last one did is searched for anew."""
@@ -76,7 +75,7 @@ class Subspace:
 
     def due(self, state: State) -> bool:
         """Whether the next step needs a new basis."""
-        return state["refreshes"] == 0 or state["step"] >= state["next_refresh"]
+        return bool(state["refreshes"] == 0 or state["step"] >= state["next_refresh"])
 
     def refresh(self, grad: Tensor, state: State, moments: Sequence[Moment], name: str) -> None:
         """Replace the basis; keep it if the gradient is zero, in which no direction leads, or not finite."""
@@ -180,7 +179,6 @@ def check_subspace(group: Group, lift: str, rule: Rule) -> None:
         ("refresh", REFRESH),
         ("on_refresh", ON_REFRESH),
         ("basis", tuple(BASIS)),
-        ("compat", COMPAT),
     ):
         if group[key] not in known:
             raise ValueError(f"{key}={group[key]!r}: must be one of {', '.join(known)}")
@@ -191,13 +189,19 @@ def check_subspace(group: Group, lift: str, rule: Rule) -> None:
         raise ValueError(f"scale={group['scale']}: must be a finite number above 0; 0.25 is usual")
     if group["refresh"] == "random":
         if lift not in ("channel", "tensor"):
-            raise ValueError("refresh='random': a random basis only measures gradients; turning a step back needs an "
-                             "orthonormal one. Use refresh='warm', or APOLLO.")  # fmt: skip
+            raise ValueError(
+                "refresh='random': a random basis only measures gradients; turning a step back needs an orthonormal "
+                "one. Use refresh='warm', or APOLLO."
+            )
         if group["on_refresh"] not in ("keep", "reset"):
-            raise ValueError(f"on_refresh={group['on_refresh']!r} with refresh='random': a new random basis has nothing "
-                             "to do with the old one; use 'keep' or 'reset'")  # fmt: skip
+            raise ValueError(
+                f"on_refresh={group['on_refresh']!r} with refresh='random': a new random basis has nothing to do with "
+                "the old one; use 'keep' or 'reset'"
+            )
         if group["lazy"]:
             raise ValueError("lazy=True with refresh='random': random bases do not settle; use lazy=False")
     if group["on_refresh"] == "rotate" and not rule.turns:
-        raise ValueError(f"on_refresh='rotate': the factored moments of {type(rule).__name__} cannot be turned; use "
-                         "'keep', 'sign', 'procrustes' or 'reset'")  # fmt: skip
+        raise ValueError(
+            f"on_refresh='rotate': the factored moments of {type(rule).__name__} cannot be turned; use 'keep', 'sign', "
+            "'procrustes' or 'reset'"
+        )

@@ -51,7 +51,7 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
     Where rows depend on each other, as for a gradient of low rank, the missing directions are completed.
     """
-    found = rows
+    found: Tensor = rows
     for _ in range(2):
         # Unit rows first: what makes the product ill-conditioned is mostly their lengths, spread as squares are.
         found = torch.nn.functional.normalize(found, dim=1, eps=torch.finfo(found.dtype).tiny)
@@ -60,13 +60,14 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     if read(orthonormality_error(found), usual=0.0) <= 1e-5:
         return found
     q, r = torch.linalg.qr(rows.T.double())
-    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T.to(rows.dtype)
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return signed.T.to(rows.dtype)
 
 
 def _pass(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
     """(basis G) G^T for left, (basis G^T) G for right, up to a factor that keeps it in range. (r, k)"""
-    low = project(grad, basis, side)
-    low = low / torch.linalg.vector_norm(low).clamp(min=torch.finfo(low.dtype).tiny)
+    low: Tensor = project(grad, basis, side)
+    low = low.div_(torch.linalg.vector_norm(low).clamp(min=torch.finfo(low.dtype).tiny))
     if grad.dtype == low.dtype:
         return low @ grad.T if side == "left" else low.T @ grad
     out = torch.zeros_like(basis)
