@@ -11,17 +11,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 
 def dynamic_values(*, signed: bool, exponents: int, bits: int) -> list[float]:
     """The dynamic map: `exponents` decades up to 1, each with twice the values of the one below, and 0 and 1."""
     values = [0.0, 1.0]
-    for i in range(exponents):
-        count = 2 ** (i + bits - 1 - exponents + (not signed))
-        edges = torch.linspace(0.1, 1.0, count + 1)
-        middles = (10.0 ** (i + 1 - exponents) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        values += middles + ([-middle for middle in middles] if signed else [])
+    with unset_fake_temporarily():  # a step may be predicted on fake tensors, which have no values to list
+        for i in range(exponents):
+            count = 2 ** (i + bits - 1 - exponents + (not signed))
+            edges = torch.linspace(0.1, 1.0, count + 1, device="cpu")
+            middles = (10.0 ** (i + 1 - exponents) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+            values += middles + ([-middle for middle in middles] if signed else [])
     return sorted(values)
 
 
