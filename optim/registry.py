@@ -45,8 +45,15 @@ def config_class(name: str) -> type[OptimConfig]:
     return CONFIGS[name]
 
 
-def build(cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]") -> "MemoryOptimizer":
+def build(
+    cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]", *, rounding: str = "nearest"
+) -> "MemoryOptimizer":
     """Build the optimizer of `cfg` over the trainable parameters, each once, grouped by the config's rules.
+
+    Args:
+        cfg: one of the dataclasses of `optim.config`.
+        named_parameters: of the model, frozen ones included.
+        rounding: how bf16 weights take an fp32 step, "nearest" or "stochastic".
 
     Raises:
         ValueError: unknown name, nothing trainable, or a rule that fits no parameter.
@@ -55,7 +62,7 @@ def build(cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Para
 
     cls = _optimizer_class(cfg.name)
     groups: Any = parameter_groups(cfg, named_parameters)
-    optimizer: MemoryOptimizer = cls(groups, **cfg.options())
+    optimizer: MemoryOptimizer = cls(groups, **cfg.options(), rounding=rounding)
     return optimizer
 
 

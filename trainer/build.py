@@ -19,7 +19,7 @@ from trainer.data.corpus import Corpus, build_corpus
 from trainer.engines.torch_engine import TorchEngine
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config, recompute_blocks
-from trainer.schema import Config
+from trainer.schema import Config, Dtype
 from trainer.state import seed_all
 
 
@@ -65,7 +65,8 @@ def build(cfg: Config, world: World) -> Built:
     corpus, config, model = build_parts(cfg, world)
     if cfg.activations.fate is Fate.recompute:
         recompute_blocks(model)
-    optimizer = registry.build(cfg.optim, model.named_parameters())
+    rounding = "stochastic" if cfg.precision.weights is Dtype.bf16_sr else "nearest"
+    optimizer = registry.build(cfg.optim, model.named_parameters(), rounding=rounding)
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
     engine = TorchEngine(model, optimizer, world, cfg.parallel)
     meter = MemoryMeter(model, optimizer, world.device)

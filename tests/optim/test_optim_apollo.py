@@ -130,12 +130,12 @@ def test_the_norm_of_an_update_grows_by_a_hundredth_at_most_and_may_shrink_at_on
     p = torch.nn.Parameter(torch.zeros(20, 30).double())
     optimizer = build(cls, p, gap=100, options={"lr": 1e-2})
     norms = []
-    for seed, size in enumerate([1, 1, 1, 0.01, 1, 1]):
-        run(optimizer, p, [size * randn(20, 30, seed=seed)])
+    for seed in [0, 1, 2, 3, 4, 4, 4, 4]:  # moments cancel out, then add up
+        run(optimizer, p, [randn(20, 30, seed=seed)])
         norms.append(float(optimizer.state[p]["growth"]))
     assert all(b <= 1.01 * (a + 1e-8) * (1 + 1e-12) for a, b in zip(norms, norms[1:], strict=False))
-    assert norms[3] < 0.2 * norms[2]
-    assert norms[4] == pytest.approx(1.01 * norms[3], rel=1e-6)
+    ratios = [b / a for a, b in zip(norms, norms[1:], strict=False)]
+    assert min(ratios) < 0.95 and any(ratio == pytest.approx(1.01, rel=1e-6) for ratio in ratios)
 
 
 def test_bases_are_redrawn_when_due_from_name_and_count_and_moments_stay():
