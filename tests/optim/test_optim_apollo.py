@@ -134,8 +134,10 @@ def test_the_norm_of_an_update_grows_by_a_hundredth_at_most_and_may_shrink_at_on
         run(optimizer, p, [randn(20, 30, seed=seed)])
         norms.append(float(optimizer.state[p]["growth"]))
     assert all(b <= 1.01 * (a + 1e-8) * (1 + 1e-12) for a, b in zip(norms, norms[1:], strict=False))
+    run(optimizer, p, [torch.zeros(20, 30).double()])
+    norms.append(float(optimizer.state[p]["growth"]))
     ratios = [b / a for a, b in zip(norms, norms[1:], strict=False)]
-    assert min(ratios) < 1 and any(ratio == pytest.approx(1.01, rel=1e-6) for ratio in ratios)
+    assert ratios[-1] == 0 and any(ratio == pytest.approx(1.01, rel=1e-6) for ratio in ratios)
 
 
 def test_bases_are_redrawn_when_due_from_name_and_count_and_moments_stay():
