@@ -10,7 +10,9 @@ State: m and v (out, r), P (r, in) and one number, fp32: 4 (2 r out + r in + 1) 
 Paper: Zhu et al. 2024, arXiv:2412.05270, algorithm 1.
 """
 
-from optim.base import Group
+from torch import Tensor
+
+from optim.base import Group, State
 from optim.compose import SUBSPACE_DEFAULTS
 from optim.galore import LowRankAdamW
 
@@ -22,7 +24,8 @@ class APOLLO(LowRankAdamW):
     """APOLLO. Groups with a `rank` are projected where they hold matrices; all else takes AdamW.
 
     Group keys are those of apollo-torch: `rank, update_proj_gap (200), scale (1), proj_type ("std"),
-    proj ("random" or "svd"), scale_type ("channel" or "tensor")`.
+    proj ("random" or "svd"), scale_type ("channel" or "tensor")`. With compat="authors" it follows apollo-torch 1.0.3
+    step for step, its seeds by position in the list of parameters included.
     """
 
     choices = SUBSPACE_DEFAULTS | {"scale": 1.0, "refresh": "random", "scale_type": "channel"}
@@ -39,6 +42,14 @@ class APOLLO(LowRankAdamW):
         if group["scale_type"] not in SCALE_TYPES:
             raise ValueError(f"scale_type={group['scale_type']!r}: must be one of {', '.join(SCALE_TYPES)}")
         super().check_options(group)
+
+    def matrix_state(self, p: Tensor, group: Group) -> State:
+        state = super().matrix_state(p, group)
+        if group["compat"] == "authors" and group["refresh"] == "random":
+            # Their seeds are positions in the list of all parameters.
+            listed = [q for each in self.param_groups for q in each["params"]]
+            state["seed"] = 1 + next(i for i, q in enumerate(listed) if q is p)
+        return state
 
     @classmethod
     def lift_of(cls, group: Group) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Store = Callable[[Tensor, Tensor], object]
 """Writes wide values into a narrower tensor: `Tensor.copy_` to the nearest, or a rounder of `stochastic`."""
@@ -27,6 +28,22 @@ def keyed_normal(shape: tuple[int, int], like: Tensor, name: str, *numbers: int)
     """
     generator = torch.Generator().manual_seed(seed_of(name, *numbers))
     return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
+
+
+def seeded_normal(shape: tuple[int, int], like: Tensor, seed: int) -> Tensor:
+    """Standard normal fp32 numbers, drawn on the device of `like`: how apollo-torch draws a basis."""
+    if like.is_meta:
+        return like.new_empty(shape, dtype=torch.float32)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=like.device)
+
+
+def next_seed(seed: int) -> int:
+    """The seed of apollo-torch's next basis: the 15th whole number that a generator of this seed draws."""
+    with unset_fake_temporarily():
+        generator = torch.Generator().manual_seed(seed)
+        draws = [int(torch.randint(0, 2**63 - 1, (1,), generator=generator)) for _ in range(15)]
+    return draws[-1]
 
 
 def stochastic(name: str, step: int, device: torch.device) -> Store:

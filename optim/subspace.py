@@ -17,7 +17,7 @@ from optim.affine import Affine4
 from optim.base import Group, State, read, state_dtype
 from optim.codec import PLAIN, Codec, codec_for
 from optim.projection import METHODS, Side, basis_shape, find_basis, low_shape, project, side_of
-from optim.rounding import keyed_normal, seed_of
+from optim.rounding import keyed_normal, next_seed, seed_of, seeded_normal
 from optim.rules import Moment, Rule
 from optim.warm import sketch_basis, warm_basis
 
@@ -130,6 +130,10 @@ class Subspace:
         r, k = self.basis_shape
         method, count = self.group["refresh"], state["refreshes"]
         if method == "random":
+            if "seed" in state:  # as the authors draw
+                drawn = seeded_normal((r, k) if self.side == "right" else (k, r), grad, state["seed"])
+                state["seed"] = next_seed(state["seed"])
+                return (drawn if self.side == "right" else drawn.T).to(wide) / math.sqrt(r), 0.0
             return keyed_normal((r, k), grad.new_empty((), dtype=wide), name, count).mul_(r**-0.5), 0.0
         if method == "warm" and old is not None:
             new = warm_basis(grad, old, self.side)
