@@ -133,6 +133,16 @@ class ProjectedConfig(TargetedConfig):
             "orthonormal one; use optim.refresh=warm"
         ]
 
+    def compat_problems(self, refresh: str) -> list[str]:
+        """Options that the authors' package, which finds a basis by `refresh`, does not have."""
+        asked = {"refresh": self.refresh, "on_refresh": self.on_refresh, "basis": self.basis, "states": self.states}
+        theirs = {"refresh": refresh, "on_refresh": "keep", "basis": "fp32", "states": "fp32"}
+        return [
+            f"optim.compat=authors: the authors' package has {key}={theirs[key]}; add optim.{key}={theirs[key]}"
+            for key, value in asked.items()
+            if value.value != theirs[key]
+        ]
+
     def target_options(self) -> dict[str, Any]:
         return super().target_options() | {
             "update_proj_gap": self.update_proj_gap,
@@ -157,15 +167,7 @@ class GaLoreConfig(ProjectedConfig, AdamWConfig):
 
     def combination_problems(self) -> list[str]:
         found = super().combination_problems()
-        if self.compat is Compat.authors:
-            asked = {"refresh": self.refresh, "on_refresh": self.on_refresh, "basis": self.basis, "states": self.states}
-            theirs = {"refresh": "svd", "on_refresh": "keep", "basis": "fp32", "states": "fp32"}
-            found += [
-                f"optim.compat=authors: the authors' package has {key}={theirs[key]}; add optim.{key}={theirs[key]}"
-                for key, value in asked.items()
-                if value.value != theirs[key]
-            ]
-        return found
+        return found + self.compat_problems("svd") if self.compat is Compat.authors else found
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"compat": self.compat.value}
@@ -206,8 +208,13 @@ class ApolloConfig(ProjectedConfig, AdamWConfig):
     refresh: Refresh = Refresh.random
     scale_type: ScaleType = ScaleType.channel
     """What shares a scale: each channel, or the whole matrix (`tensor`, for rank 1)."""
+    compat: Compat = Compat.torch
+    """torch: eps after the bias correction, decay before the update, bases drawn by parameter name. authors:
+    apollo-torch step for step, its seeds by position included (refresh=random or svd)."""
 
     def combination_problems(self) -> list[str]:
+        if self.compat is Compat.authors:
+            return self.compat_problems("svd" if self.refresh is Refresh.svd else "random")
         if self.refresh is not Refresh.random:
             return []
         found = []
@@ -219,6 +226,9 @@ class ApolloConfig(ProjectedConfig, AdamWConfig):
         if self.lazy:
             found.append("optim.lazy=true: random bases do not settle; use optim.lazy=false, or optim.refresh=warm")
         return found
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"compat": self.compat.value}
 
     def target_options(self) -> dict[str, Any]:
         return super().target_options() | {"scale_type": self.scale_type.value}

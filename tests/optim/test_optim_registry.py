@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,17 @@ import torch
 from torch import nn
 
 from optim import registry
-from optim.config import AdamWConfig, Basis, GaLoreConfig, OptimConfig, ProjType, States
+from optim.config import (
+    AdamWConfig,
+    Basis,
+    Compat,
+    GaLoreConfig,
+    OnRefresh,
+    OptimConfig,
+    ProjType,
+    Refresh,
+    States,
+)
 from optim.config_lowrank import ProjectedConfig, TargetedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +185,32 @@ def test_configs_and_names_cost_no_import_of_torch():
 def test_config_problems_name_option_and_value(options, shown):
     (problem,) = GaLoreConfig(**options).problems()
     assert problem.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shown"),
+    [
+        ("galore", {"refresh": Refresh.random}, "optim.refresh=random: a random basis only measures"),
+        ("galore", {"compat": Compat.authors}, "optim.compat=authors: the authors' package has refresh=svd"),
+        ("galore_8bit", {"compat": Compat.authors, "refresh": Refresh.svd}, "optim.compat=authors: .*states=fp32"),
+        ("galore", {"lazy_threshold": 1.5}, "optim.lazy_threshold=1.5"),
+        ("galore_adafactor", {"on_refresh": OnRefresh.rotate}, "optim.on_refresh=rotate: factored moments"),
+        ("galore_adafactor", {"rank": 0}, "optim.rank=0"),
+        ("apollo", {"on_refresh": OnRefresh.sign}, "optim.on_refresh=sign: a new random basis"),
+        ("apollo", {"lazy": True}, "optim.lazy=true: random bases do not settle"),
+        ("apollo", {"compat": Compat.authors, "refresh": Refresh.warm}, "optim.compat=authors: .*refresh=random"),
+        ("cosmos", {"gamma": -1.0}, "optim.gamma=-1.0"),
+        ("cosmos", {"lr_ratio": 0.0}, "optim.lr_ratio=0.0"),
+        ("cosmos", {"rank": 0}, "optim.rank=0"),
+        ("sgd", {"momentum": 1.0}, "optim.momentum=1.0"),
+        ("adafactor", {"beta1": 1.0}, "optim.beta1=1.0"),
+        ("adafactor", {"clip_threshold": 0.0}, "optim.clip_threshold=0.0"),
+    ],
+    ids=str,
+)
+def test_config_problems_of_the_other_methods_too(name, options, shown):
+    (problem,) = registry.config_class(name)(**options).problems()
+    assert re.match(shown, problem)
 
 
 def test_a_decay_for_adamw_is_what_the_config_says():

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from optim import AdamW, registry
-from optim.config import Basis, OnRefresh, Refresh, States
+from optim.config import Basis, Compat, OnRefresh, Refresh, States
 from optim.config_lowrank import ProjectedConfig, TargetedConfig
 
 NAMES = registry.names()
@@ -58,6 +59,7 @@ RESUMED = [
     ("galore", {"refresh": Refresh.randomized, "on_refresh": OnRefresh.rotate, "states": States.fp8}),
     ("galore", {"on_refresh": OnRefresh.reset}),
     ("apollo", {"refresh": Refresh.warm, "on_refresh": OnRefresh.procrustes}),
+    ("apollo", {"compat": Compat.authors}),
 ]
 
 
@@ -126,6 +128,22 @@ def test_bf16_weights_keep_their_fp32_states_through_a_load(name):
                 assert b[key].dtype in (torch.float32, torch.uint8) and torch.equal(value, b[key])
                 rounded.append(not torch.equal(value.float(), value.bfloat16().float()))
     assert any(rounded), "a cast would have shown"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options"), RESUMED, ids=str)
+def test_steps_run_on_fake_tensors_through_a_refresh(name, options, dtype):
+    """So that a memory plan can run the real step without the memory."""
+    with FakeTensorMode():
+        shapes = {"embed.weight": (50, 96), "mlp.weight": (64, 96), "norm.weight": (64,)}
+        named = [(key, nn.Parameter(torch.empty(shape, dtype=dtype))) for key, shape in shapes.items()]
+        more = {"update_proj_gap": 1} if issubclass(registry.config_class(name), ProjectedConfig) else {}
+        optimizer = registry.build(config(name, **options, **more), named, rounding="stochastic")
+        for _ in range(3):
+            for _, p in named:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+    assert {state["step"] for state in optimizer.state.values()} <= {1, 3}
 
 
 @pytest.mark.parametrize("name", NAMES)
