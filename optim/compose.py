@@ -135,18 +135,18 @@ class ComposedOptimizer(MemoryOptimizer):
     def step_matrix(self, item: Stepped, name: str, group: Group) -> bool:
         """Step one projected matrix. False, and nothing written, if its gradient is not finite."""
         state, subspace = item.state, Subspace(item.param.shape, group)
-        if subspace.due(state):
-            self._refresh(item.grad, state, subspace, name)
+        low = self._refresh(item.grad, state, subspace, name) if subspace.due(state) else None
         basis = subspace.basis(state, state_dtype(item.param.dtype))
-        low = project(item.grad, basis, subspace.side)
+        if low is None:
+            low = project(item.grad, basis, subspace.side)
         # One non-finite element of G makes at least one of R non-finite (0 times inf is NaN), and R is smaller.
         if self.check_finite and not read(torch.isfinite(low.sum()), usual=1.0):
             return False
         LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace.side, group)
         return True
 
-    def _refresh(self, grad: Tensor, state: State, subspace: Subspace, name: str) -> None:
-        subspace.refresh(grad, state, self.rule.moments, name)
+    def _refresh(self, grad: Tensor, state: State, subspace: Subspace, name: str) -> Tensor | None:
+        return subspace.refresh(grad, state, self.rule.moments, name)
 
     def _named(self, params: list[Tensor], group: Group) -> list[tuple[Tensor, str]]:
         names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
