@@ -4,13 +4,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optim.adafactor import Adafactor as Adafactor
     from optim.adamw import AdamW as AdamW
+    from optim.apollo import APOLLO as APOLLO
+    from optim.apollo import APOLLOMini as APOLLOMini
     from optim.base import MemoryOptimizer as MemoryOptimizer
+    from optim.cosmos import COSMOS as COSMOS
+    from optim.fira import Fira as Fira
     from optim.galore import GaLoreAdamW as GaLoreAdamW
+    from optim.sgd import SGD as SGD
 
-_HOMES = {"AdamW": "optim.adamw", "GaLoreAdamW": "optim.galore", "MemoryOptimizer": "optim.base"}
+_HOMES = {
+    "APOLLO": "optim.apollo",
+    "APOLLOMini": "optim.apollo",
+    "Adafactor": "optim.adafactor",
+    "AdamW": "optim.adamw",
+    "COSMOS": "optim.cosmos",
+    "Fira": "optim.fira",
+    "GaLoreAdamW": "optim.galore",
+    "MemoryOptimizer": "optim.base",
+    "SGD": "optim.sgd",
+}
 
-__all__ = ["AdamW", "GaLoreAdamW", "MemoryOptimizer"]
+__all__ = [
+    "APOLLO",
+    "APOLLOMini",
+    "Adafactor",
+    "AdamW",
+    "COSMOS",
+    "Fira",
+    "GaLoreAdamW",
+    "MemoryOptimizer",
+    "SGD",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,9 +48,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """Raise ValueError if a group's hyper-parameters make no sense."""
         if not group["lr"] >= 0:
             raise ValueError(f"lr={group['lr']}: must be at least 0")
-        if not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
+        if "betas" in group and not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
             raise ValueError(f"betas={group['betas']}: needs two numbers in [0, 1), such as (0.9, 0.999)")
-        if not group["eps"] >= 0:
+        if "eps" in group and not group["eps"] >= 0:
             raise ValueError(f"eps={group['eps']}: must be at least 0, such as 1e-8")
         if not group["weight_decay"] >= 0:
             raise ValueError(f"weight_decay={group['weight_decay']}: must be at least 0")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from optim.base import CHUNK, read
+from optim.rounding import Store
 
 Side = Literal["left", "right"]
 
@@ -47,7 +48,7 @@ def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
     if grad.dtype == basis.dtype:
         return basis @ grad if side == "left" else grad @ basis.T
     low = grad.new_zeros(low_shape(grad.shape, basis.shape[0], side), dtype=basis.dtype)
-    for rows in _row_chunks(grad):
+    for rows in row_slices(grad):
         part = grad[rows].to(basis.dtype)
         if side == "left":
             low.addmm_(basis[:, rows], part)
@@ -56,7 +57,16 @@ def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
     return low
 
 
-def add_back_(weight: Tensor, low: Tensor, basis: Tensor, side: Side, *, beta: float, alpha: float) -> None:
+def add_back_(
+    weight: Tensor,
+    low: Tensor,
+    basis: Tensor,
+    side: Side,
+    *,
+    beta: float,
+    alpha: float,
+    store: Store = Tensor.copy_,
+) -> None:
     """W <- beta W + alpha back(low), without a matrix of W's size beside it.
 
     A weight of lower precision than the basis is widened, updated and rounded once, by chunks of rows.
@@ -65,9 +75,9 @@ def add_back_(weight: Tensor, low: Tensor, basis: Tensor, side: Side, *, beta: f
         left, right = (basis.T, low) if side == "left" else (low, basis)
         weight.addmm_(left, right, beta=beta, alpha=alpha)
         return
-    for rows in _row_chunks(weight):
+    for rows in row_slices(weight):
         left, right = (basis[:, rows].T, low) if side == "left" else (low[rows], basis)
-        weight[rows] = torch.addmm(weight[rows].to(basis.dtype), left, right, beta=beta, alpha=alpha)
+        store(weight[rows], torch.addmm(weight[rows].to(basis.dtype), left, right, beta=beta, alpha=alpha))
 
 
 def svd_basis(grad: Tensor, rank: int, side: Side) -> Tensor:
@@ -98,7 +108,7 @@ def _gram(grad: Tensor, side: Side) -> Tensor:
     """G G^T (left) or G^T G (right) in fp64, widening a part of G at a time."""
     tall = grad.T if side == "left" else grad
     total = grad.new_zeros((tall.shape[1], tall.shape[1]), dtype=torch.float64)
-    for rows in _row_chunks(tall):
+    for rows in row_slices(tall):
         part = tall[rows].double()
         total.addmm_(part.T, part)
     return total
@@ -120,7 +130,7 @@ def find_basis(grad: Tensor, rank: int, side: Side, method: str, dtype: torch.dt
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if read(orthonormality_error(basis), usual=0.0) <= 1e-5:
-            signed = basis * _signs(basis) if fix_signs else basis
+            signed = fixed_signs(basis) if fix_signs else basis
             return signed.to(device=grad.device, dtype=dtype)
     raise RuntimeError(f"no basis found by {method} for a finite gradient of shape {tuple(grad.shape)}, even in fp64")
 
@@ -132,12 +142,14 @@ def orthonormality_error(basis: Tensor) -> Tensor:
     return products.abs().amax()
 
 
-def _signs(basis: Tensor) -> Tensor:
+def fixed_signs(basis: Tensor) -> Tensor:
+    """The basis with the largest entry of each row positive."""
     largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-    return torch.where(largest < 0, -1.0, 1.0).to(basis.dtype)
+    return basis * torch.where(largest < 0, -1.0, 1.0).to(basis.dtype)
 
 
-def _row_chunks(matrix: Tensor) -> Iterator[slice]:
+def row_slices(matrix: Tensor) -> Iterator[slice]:
+    """Slices of whole rows, about CHUNK values each."""
     rows = max(CHUNK // matrix.shape[1], 1)
     for start in range(0, matrix.shape[0], rows):
         yield slice(start, min(start + rows, matrix.shape[0]))

@@ -12,7 +12,21 @@ if TYPE_CHECKING:
 
     from optim.base import MemoryOptimizer
 
-CLASSES = {"adamw": ("optim.adamw", "AdamW"), "galore": ("optim.galore", "GaLoreAdamW")}
+CLASSES = {
+    "adamw": ("optim.adamw", "AdamW"),
+    "adamw_8bit": ("optim.adamw", "AdamW"),
+    "adamw_4bit": ("optim.adamw", "AdamW"),
+    "adamw_fp8": ("optim.adamw", "AdamW"),
+    "sgd": ("optim.sgd", "SGD"),
+    "adafactor": ("optim.adafactor", "Adafactor"),
+    "galore": ("optim.galore", "GaLoreAdamW"),
+    "galore_8bit": ("optim.galore", "GaLoreAdamW"),
+    "galore_adafactor": ("optim.adafactor", "Adafactor"),
+    "apollo": ("optim.apollo", "APOLLO"),
+    "apollo_mini": ("optim.apollo", "APOLLOMini"),
+    "fira": ("optim.fira", "Fira"),
+    "cosmos": ("optim.cosmos", "COSMOS"),
+}
 """Module and class of each, imported on use: listing names costs no import of torch."""
 
 
@@ -31,8 +45,15 @@ def config_class(name: str) -> type[OptimConfig]:
     return CONFIGS[name]
 
 
-def build(cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]") -> "MemoryOptimizer":
+def build(
+    cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]", *, rounding: str = "nearest"
+) -> "MemoryOptimizer":
     """Build the optimizer of `cfg` over the trainable parameters, each once, grouped by the config's rules.
+
+    Args:
+        cfg: one of the dataclasses of `optim.config`.
+        named_parameters: of the model, frozen ones included.
+        rounding: how bf16 weights take an fp32 step, "nearest" or "stochastic".
 
     Raises:
         ValueError: unknown name, nothing trainable, or a rule that fits no parameter.
@@ -41,7 +62,7 @@ def build(cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Para
 
     cls = _optimizer_class(cfg.name)
     groups: Any = parameter_groups(cfg, named_parameters)
-    optimizer: MemoryOptimizer = cls(groups, **cfg.options())
+    optimizer: MemoryOptimizer = cls(groups, **cfg.options(), rounding=rounding)
     return optimizer
 
 

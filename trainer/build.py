@@ -21,7 +21,7 @@ from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config, recompute_blocks
-from trainer.schema import Config
+from trainer.schema import Config, Dtype
 from trainer.state import seed_all
 
 
@@ -71,8 +71,9 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     """
     if cfg.activations.fate is Fate.recompute:
         recompute_blocks(model)
+    rounding = "stochastic" if cfg.precision.weights is Dtype.bf16_sr else "nearest"
     try:
-        optimizer = registry.build(cfg.optim, model.named_parameters())
+        optimizer = registry.build(cfg.optim, model.named_parameters(), rounding=rounding)
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run

@@ -5,6 +5,7 @@
 | fp32 | fp32 | plain |
 | fp32 | bf16 | torch.autocast: products in bf16, norms, softmax and loss in fp32 |
 | bf16 | bf16 | plain; the optimizer's math stays fp32 |
+| bf16_sr | bf16 | the same, and steps are rounded stochastically: what is below a digit is not lost on average |
 | fp64 | fp64 | for proofs of equality: RMSNorms, which transformers computes in fp32, are widened too |
 """
 
@@ -18,7 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from trainer.errors import UserError
 from trainer.schema import Dtype, PrecisionConfig
 
-TORCH_DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp64: torch.float64}
+TORCH_DTYPES = {
+    Dtype.fp32: torch.float32,
+    Dtype.bf16: torch.bfloat16,
+    Dtype.bf16_sr: torch.bfloat16,
+    Dtype.fp64: torch.float64,
+}
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

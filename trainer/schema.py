@@ -25,6 +25,7 @@ class Device(Enum):
 class Dtype(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
+    bf16_sr = "bf16_sr"
     fp64 = "fp64"
 
 
@@ -41,7 +42,7 @@ class Initial(Enum):
     pretrained = "pretrained"
 
 
-PRECISIONS = (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("fp64", "fp64"))
+PRECISIONS = (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16_sr", "bf16"), ("fp64", "fp64"))
 """(weights, compute) pairs that `trainer.precision` knows how to run."""
 
 
@@ -153,7 +154,7 @@ class TrainConfig:
 @dataclass(kw_only=True)
 class PrecisionConfig:
     weights: Dtype = Dtype.fp32
-    """What weights are stored in."""
+    """What weights are stored in; bf16_sr is bf16 whose steps are rounded stochastically, right on average."""
     compute: Dtype = Dtype.fp32
     """What matrix products run in; bf16 over fp32 weights is autocast."""
 
@@ -164,7 +165,7 @@ class PrecisionConfig:
         known = ", ".join(f"{weights}/{compute}" for weights, compute in PRECISIONS)
         return [
             f"precision.weights={asked[0]} with precision.compute={asked[1]}: is not available; weights/compute may be "
-            f"{known} (precision=fp32, bf16, bf16_pure, fp64)"
+            f"{known} (precision=fp32, bf16, bf16_pure, bf16_sr, fp64)"
         ]
 
 

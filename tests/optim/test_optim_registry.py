@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,16 +8,27 @@ import torch
 from torch import nn
 
 from optim import registry
-from optim.config import AdamWConfig, GaLoreConfig, OptimConfig, ProjType
+from optim.config import (
+    AdamWConfig,
+    Basis,
+    Compat,
+    GaLoreConfig,
+    OnRefresh,
+    OptimConfig,
+    ProjType,
+    Refresh,
+    States,
+)
+from optim.config_lowrank import ProjectedConfig, TargetedConfig
 
 ROOT = Path(__file__).parents[2]
-SHAPES = [(96, 32), (32, 96), (40, 40), (7, 50), (50,), ()]
+SHAPES = [(96, 32), (32, 96), (40, 40), (7, 50), (50,), (), (80, 300), (300, 80), (64, 65), (70, 10, 8)]
 
 
 def config(name, **options):
     cls = registry.config_class(name)
-    if issubclass(cls, GaLoreConfig):
-        options = {"rank": 6, "targets": "w", **options}
+    if issubclass(cls, TargetedConfig):
+        options = {"rank": 1 if name == "apollo_mini" else 6, "targets": "w", **options}
     return cls(name=name, **options)
 
 
@@ -34,12 +46,26 @@ def held_bytes(optimizer):
     return sum(storages.values())
 
 
+def variants():
+    """Every name as it is, with every codec, and projections also with what changes their states."""
+    for name in registry.names():
+        yield name, {}
+        yield from ((name, {"states": states}) for states in States)
+        if issubclass(registry.config_class(name), ProjectedConfig):
+            yield name, {"basis": Basis.int4, "rank": 64, "states": States.int8}
+            if not name.startswith("apollo"):
+                yield name, {"lazy": True}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", registry.names())
-def test_states_are_as_large_as_documented_before_and_after_a_step(name, dtype):
+@pytest.mark.parametrize(("name", "options"), variants(), ids=str)
+@pytest.mark.filterwarnings("ignore:rank=")
+def test_states_are_as_large_as_documented_before_and_after_a_step(name, options, dtype):
     named = parameters(dtype)
-    optimizer = registry.build(config(name), named)
-    expected = registry.state_bytes(config(name), [(n, p.shape) for n, p in named], dtype)
+    cfg = config(name, **options)
+    assert cfg.problems() == []
+    optimizer = registry.build(cfg, named)
+    expected = registry.state_bytes(cfg, [(n, p.shape) for n, p in named], dtype)
     assert held_bytes(optimizer) == expected
     for _, p in named:
         p.grad = torch.randn(p.shape).to(dtype)
@@ -83,12 +109,42 @@ def test_every_name_builds_on_the_meta_device(name):
     assert all(v.is_meta for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw", 8 * 1024 * 512),
+        ("adamw_8bit", 2 * (1024 * 512 + 4 * 1024 * 2)),
+        ("adamw_4bit", 2 * (1024 * 512 // 2 + 4 * 1024 * 4)),
+        ("adamw_fp8", 2 * (1024 * 512 + 8 * 1024 * 4)),
+        ("sgd", 4 * 1024 * 512),
+        ("adafactor", 4 * (1024 * 512 + 1024 + 512)),
+        ("galore", 4 * (2 * 1024 * 128 + 128 * 512)),
+        ("galore_8bit", 2 * (1024 * 128 + 4 * 1024) + 4 * 128 * 512),
+        ("galore_adafactor", 4 * (1024 * 128 + 1024 + 128 + 128 * 512)),
+        ("apollo", 4 * (2 * 1024 * 128 + 128 * 512 + 1)),
+        ("apollo_mini", 4 * (2 * 1024 + 512 + 1)),
+        ("fira", 4 * (2 * 1024 * 128 + 128 * 512 + 1)),
+        ("cosmos", 4 * (1024 * 512 + 1024 * 128 + 128 * 512 + 128 * 128)),
+    ],
+)
+def test_bytes_of_a_tall_matrix_by_hand(name, expected):
+    cfg = registry.config_class(name)()
+    if hasattr(cfg, "rank") and name != "apollo_mini":
+        cfg.rank = 128
+    assert registry.state_bytes(cfg, [("mlp.up.weight", (1024, 512))]) == expected
+
+
+def test_bytes_by_hand_cover_every_name():
+    (mark,) = test_bytes_of_a_tall_matrix_by_hand.pytestmark
+    assert {name for name, _ in mark.args[1]} == set(registry.names())
+
+
 def test_options_of_the_config_reach_the_groups():
     cfg = GaLoreConfig(
         lr=0.5, betas=[0.8, 0.9], eps=1e-3, weight_decay=0.2, rank=3, scale=2.0, update_proj_gap=7, targets="w"
     )
     optimizer = registry.build(cfg, parameters())
-    projected, vectors = optimizer.param_groups
+    projected, _, vectors = optimizer.param_groups
     assert projected["betas"] == (0.8, 0.9) and projected["lr"] == 0.5 and projected["eps"] == 1e-3
     assert (projected["rank"], projected["scale"], projected["update_proj_gap"]) == (3, 2.0, 7)
     assert projected["weight_decay"] == 0.2 and vectors["weight_decay"] == 0.0 and vectors["rank"] is None
@@ -97,7 +153,7 @@ def test_options_of_the_config_reach_the_groups():
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
     for call in (lambda: registry.config_class("adam"), lambda: registry.build(OptimConfig(name="adam"), [])):
         with pytest.raises(
-            ValueError, match=r"optim\.name=adam: unknown; known are adamw, galore.* Did you mean adamw"
+            ValueError, match=r"optim\.name=adam: unknown; known are adamw, .*galore.* Did you mean adamw"
         ):
             call()
 
@@ -129,6 +185,32 @@ def test_configs_and_names_cost_no_import_of_torch():
 def test_config_problems_name_option_and_value(options, shown):
     (problem,) = GaLoreConfig(**options).problems()
     assert problem.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shown"),
+    [
+        ("galore", {"refresh": Refresh.random}, "optim.refresh=random: a random basis only measures"),
+        ("galore", {"compat": Compat.authors}, "optim.compat=authors: the authors' package has refresh=svd"),
+        ("galore_8bit", {"compat": Compat.authors, "refresh": Refresh.svd}, "optim.compat=authors: .*states=fp32"),
+        ("galore", {"lazy_threshold": 1.5}, "optim.lazy_threshold=1.5"),
+        ("galore_adafactor", {"on_refresh": OnRefresh.rotate}, "optim.on_refresh=rotate: factored moments"),
+        ("galore_adafactor", {"rank": 0}, "optim.rank=0"),
+        ("apollo", {"on_refresh": OnRefresh.sign}, "optim.on_refresh=sign: a new random basis"),
+        ("apollo", {"lazy": True}, "optim.lazy=true: random bases do not settle"),
+        ("apollo", {"compat": Compat.authors, "refresh": Refresh.warm}, "optim.compat=authors: .*refresh=random"),
+        ("cosmos", {"gamma": -1.0}, "optim.gamma=-1.0"),
+        ("cosmos", {"lr_ratio": 0.0}, "optim.lr_ratio=0.0"),
+        ("cosmos", {"rank": 0}, "optim.rank=0"),
+        ("sgd", {"momentum": 1.0}, "optim.momentum=1.0"),
+        ("adafactor", {"beta1": 1.0}, "optim.beta1=1.0"),
+        ("adafactor", {"clip_threshold": 0.0}, "optim.clip_threshold=0.0"),
+    ],
+    ids=str,
+)
+def test_config_problems_of_the_other_methods_too(name, options, shown):
+    (problem,) = registry.config_class(name)(**options).problems()
+    assert re.match(shown, problem)
 
 
 def test_a_decay_for_adamw_is_what_the_config_says():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from optim.config import AdamWConfig
 from trainer import check
 from trainer.cli.compose import load
 from trainer.errors import UserError
@@ -157,7 +158,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
 def test_nan_never_reaches_a_sections_own_check() -> None:
     cfg = Config()
     cfg.schedule.warmup = float("inf")
-    cfg.optim.betas = [0.9, float("nan")]
+    cfg.optim = AdamWConfig(betas=[0.9, float("nan")])
     assert [problem.split(":")[0] for problem in check.problems(cfg)] == [
         "optim.betas=[0.9, nan]",
         "schedule.warmup=inf",

@@ -33,11 +33,11 @@ def message(*overrides: str) -> str:
         (["train.stesp=3"], ["train.stesp=3: no such option; did you mean train.steps"]),
         (["lr=3"], ["lr=3: no such option; did you mean optim.lr"]),
         (["optimizer=galore"], ["optimizer=galore: no such option; did you mean optim"]),
-        (["optim=galor"], ["optim=galor: no such choice; did you mean optim=galore?", "adamw"]),
+        (["optim=galor"], ["optim=galor: no such choice; did you mean optim=galore", "adamw"]),
         (["recipe=quickstrat"], ["recipe=quickstrat: no such recipe; did you mean recipe=quickstart?"]),
         (["optim/sub=x"], ["optim/sub=x: no such option"]),
         (["optim@here=adamw"], ["optim@here=adamw: a group cannot be placed elsewhere; write optim=adamw"]),
-        (["optim=adamw", "optim.rank=3"], ["optim=adamw has no option rank; galore has it: write optim=galore"]),
+        (["optim=adamw", "optim.rank=3"], ["optim=adamw has no option rank; galore, ", "write optim=galore too"]),
         (["optim.name=adamw"], ["optim.name=adamw: is set by the choice of optim; write optim=adamw"]),
         (["train.steps=1e3"], ["train.steps=1e3: needs a whole number; write 1000"]),
         (["train.steps=ten"], ["train.steps=ten: needs a whole number"]),
@@ -146,7 +146,7 @@ class Broken:
     sections: set[str] = field(default_factory=set)
 
 
-LISTED = [name for name in known_options() if "." in name and not name.endswith(".name")]
+LISTED = [name for name in known_options(store.composed([])) if "." in name and not name.endswith(".name")]
 NUMBERS = [name for name in LISTED if name.split(".")[1] in (
     "steps", "global_batch", "log_every", "lr", "eps", "floor", "every", "keep", "timeout", "sequence_length", "layers",
     "sample_every", "eval_rows", "scale", "update_proj_gap", "threads",

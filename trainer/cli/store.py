@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from optim.config import CONFIGS as CONFIGS_BY_NAME
 from optim.config import OptimConfig
 from trainer import recipes
 from trainer.schema import Config
@@ -33,9 +34,9 @@ def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from subclasses(child)
 
 
-def optimizers() -> dict[str, type]:
+def optimizers() -> dict[str, type[OptimConfig]]:
     """Return the dataclass of each optimizer by the name its YAML and its `optim.name` have."""
-    return {str(next(f.default for f in fields(kind) if f.name == "name")): kind for kind in subclasses(OptimConfig)}
+    return CONFIGS_BY_NAME
 
 
 @functools.cache

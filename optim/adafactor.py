@@ -1,0 +1,122 @@
+"""Adafactor: the second moment of a matrix kept as row and column means.
+
+For W (out, in) with gradient G, b2 = 1 - t^-decay_rate:
+    r <- b2 r + (1 - b2) mean(G*G + 1e-30, in)     (out, 1) fp32
+    c <- b2 c + (1 - b2) mean(G*G + 1e-30, out)    (1, in)  fp32
+    U  = G / sqrt(r c / mean(r));  U <- lr U / max(1, rms(U) / clip_threshold)
+    M <- b1 M + (1 - b1) U  where beta1 is not 0   as W; it holds the learning rate, as in the authors' code
+    W <- (1 - lr wd) W - M  (or U)
+State: 4 (out + in) bytes per matrix, and 4 per value for M (less with a codec); vectors keep a full second moment.
+In a projected group the same is done to R (GaLore-Adafactor), whose step comes back times `scale`.
+Paper: Shazeer, Stern 2018, arXiv:1804.04235, algorithm 4. Left out: relative steps, scaling by the weight's RMS.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.base import Group, State, state_dtype
+from optim.codec import codec_for
+from optim.compose import ComposedOptimizer
+from optim.rules import Moment, Rule, Stepped
+
+DEAD = 1e-30
+"""Added to squares: a dead row would divide by zero (eps1 of the paper)."""
+
+
+def adafactor_direction(
+    grad: Tensor, second: Sequence[Tensor], *, step: int, decay_rate: float, clip_threshold: float
+) -> Tensor:
+    """U before the learning rate, `second` updated in place: (row, col) for two dims and more, or (v,) for less."""
+    fresh = step**-decay_rate
+    squares = grad.square().add_(DEAD)
+    if len(second) == 2:
+        row, col = second
+        row.lerp_(squares.mean(-1, keepdim=True), fresh)
+        col.lerp_(squares.mean(-2, keepdim=True), fresh)
+        update = grad * (row / row.mean(-2, keepdim=True)).rsqrt_() * col.rsqrt()
+    else:
+        second[0].lerp_(squares, fresh)
+        update = grad * second[0].rsqrt()
+    rms = torch.linalg.vector_norm(update) / math.sqrt(max(update.numel(), 1))
+    return update.div_((rms / clip_threshold).clamp_(min=1.0))
+
+
+class AdafactorRule(Rule):
+    moments = (Moment("exp_avg", signed=True, power=1),)
+    turns = False
+
+    def new_state(self, like: Tensor, shape: Sequence[int], group: Group) -> State:
+        wide = state_dtype(like.dtype)
+        second = {key: like.new_zeros(size, dtype=wide) for key, size in _second(shape).items()}
+        first = codec_for(group["states"], shape).new("exp_avg", like, shape, wide) if group["beta1"] else {}
+        return {"step": 0} | second | first
+
+    def state_bytes(self, shape: Sequence[int], group: Group, dtype: torch.dtype) -> int:
+        wide = state_dtype(dtype)
+        second = sum(math.prod(size) for size in _second(shape).values()) * wide.itemsize
+        return second + (codec_for(group["states"], shape).nbytes(shape, wide) if group["beta1"] else 0)
+
+    def step_(self, items: list[Stepped], group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> None:
+        for item in items:
+            self._step_one(item, group, lr, weight_decay)
+
+    def _step_one(self, item: Stepped, group: Group, lr: float, weight_decay: float) -> None:
+        state, p = item.state, item.param
+        state["step"] += 1
+        wide = state_dtype(p.dtype)
+        update = adafactor_direction(
+            item.grad.to(wide), [state[key] for key in _second(p.shape)], step=state["step"],
+            decay_rate=group["decay_rate"], clip_threshold=group["clip_threshold"],
+        ).mul_(lr)  # fmt: skip
+        if group["beta1"]:
+            codec = codec_for(group["states"], p.shape)
+            first = codec.read(state, "exp_avg", slice(None), wide, signed=True)
+            first.view(p.shape).lerp_(update, 1.0 - group["beta1"])
+            codec.write(state, "exp_avg", slice(None), first, signed=True)
+            update = first.view(p.shape)
+        if p.dtype == wide:
+            p.mul_(1.0 - lr * weight_decay).sub_(update)
+        else:
+            item.store(p, p.to(wide).mul_(1.0 - lr * weight_decay).sub_(update))
+
+
+def _second(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Tensors of the second moment and their shapes."""
+    if len(shape) < 2:
+        return {"exp_avg_sq": tuple(shape)}
+    return {"row": (*shape[:-1], 1), "col": (*shape[:-2], 1, shape[-1])}
+
+
+class Adafactor(ComposedOptimizer):
+    """Adafactor with a first moment, or without one where `beta1` is 0. With a `rank` in a group: GaLore-Adafactor.
+
+    Further options: `states`, `rounding` and what `optim.compose.SUBSPACE_DEFAULTS` lists.
+    """
+
+    rule = AdafactorRule()
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        beta1: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        decay_rate: float = 0.8,
+        clip_threshold: float = 1.0,
+        **options: Any,
+    ) -> None:
+        rates = {"beta1": beta1, "decay_rate": decay_rate, "clip_threshold": clip_threshold}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | rates, options)
+
+    def check_options(self, group: Group) -> None:
+        super().check_options(group)
+        if not 0 <= group["beta1"] < 1:
+            raise ValueError(f"beta1={group['beta1']}: must lie in [0, 1); 0 keeps no first moment")
+        for key in ("decay_rate", "clip_threshold"):
+            if not 0 < group[key] < math.inf:
+                raise ValueError(f"{key}={group[key]}: must be a finite number above 0")

@@ -1,0 +1,221 @@
+"""State codecs: how a moment is kept between two steps, whatever the rule that uses it.
+
+| name | bytes per value | kept as |
+|---|---|---|
+| fp32 | 4 (8 for fp64 weights) | itself |
+| bf16 | 2 | rounded to nearest |
+| int8 | 1 + 4/256 | code of the dynamic map, largest magnitude of the block (bitsandbytes) |
+| int4 | 1/2 + 4/128 | two codes a byte, largest magnitude of the block (torchao) |
+| fp8 | 1 + 8/128 | E4M3 after dynamic range expansion (COAT), largest magnitude and exponent of the block |
+
+Math is always done on decoded values of at least fp32. A block is up to that many neighbours in one row (the first
+dim against all others), the last of a row may be shorter: shards of whole rows hold the same bytes as the whole.
+Vectors, tensors below 4096 values and rows shorter than a quarter of a block stay fp32: there the scales would cost
+as much as they save. So do rows of odd length under int4. Only the global shape decides.
+Papers: Dettmers et al. 2022, arXiv:2110.02861; Li et al. 2023, arXiv:2309.01507; Xi et al. 2024, arXiv:2410.19313.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.codebook import book
+
+SMALLEST = 4096
+"""Values from which a tensor is quantized; bitsandbytes and torchao draw the line there too."""
+E4M3_MAX = 448.0
+EXPANSION_RANGE = math.log2(E4M3_MAX**2 / 2)
+"""log2 of the dynamic range that COAT's code stretches a block to (specs: code, not paper)."""
+TINY = 1e-37
+"""Smallest divisor whose inverse is finite in fp32."""
+
+
+class Codec:
+    """One tensor's storage under `key` and keys derived from it in a parameter's state."""
+
+    in_place = False
+    """Whether `read` returns the stored tensor itself, which is then updated in place."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+
+    def new(self, key: str, like: Tensor, shape: Sequence[int], wide: torch.dtype) -> dict[str, Tensor]:
+        """Storage of zeros on the device of `like`; `wide` is the dtype of the math."""
+        if tuple(shape) == tuple(like.shape):
+            return {key: torch.zeros_like(like, dtype=self.dtype or wide)}
+        return {key: like.new_zeros(tuple(shape), dtype=self.dtype or wide)}
+
+    def nbytes(self, shape: Sequence[int], wide: torch.dtype) -> int:
+        """Bytes that `new` allocates."""
+        return math.prod(shape) * (self.dtype or wide).itemsize
+
+    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+        """Decoded values of some rows."""
+        return rows_of(state[key], rows).to(wide)
+
+    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+        """Encode values of some rows, in the shape of `read`."""
+        rows_of(state[key], rows).copy_(values)
+
+
+class Plain(Codec):
+    """At least fp32, updated in place."""
+
+    in_place = True
+
+    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+        return rows_of(state[key], rows)
+
+    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+        pass
+
+
+class Blocks(Codec):
+    """Codes of one byte (or half) a value, and fp32 numbers of each block."""
+
+    extra: tuple[str, ...] = ("_scale",)
+    extra_dtype = torch.float32
+
+    def __init__(self, bits: int, block: int) -> None:
+        super().__init__(torch.uint8)
+        if block < 2 or block & (block - 1):
+            raise ValueError(f"block={block}: must be a power of two, such as 128 or 256")
+        self.bits, self.block = bits, block
+
+    def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shape of the codes and of each number per block."""
+        rows, width = shape[0], math.prod(shape[1:])
+        return (rows, -(-width * self.bits // 8)), (rows, -(-width // self.block))
+
+    def new(self, key: str, like: Tensor, shape: Sequence[int], wide: torch.dtype) -> dict[str, Tensor]:
+        codes, blocks = self.shapes(shape)
+        numbers = {key + suffix: like.new_zeros(blocks, dtype=self.extra_dtype) for suffix in self.extra}
+        return {key: like.new_zeros(codes, dtype=torch.uint8)} | numbers
+
+    def nbytes(self, shape: Sequence[int], wide: torch.dtype) -> int:
+        codes, blocks = self.shapes(shape)
+        return math.prod(codes) + self.extra_dtype.itemsize * len(self.extra) * math.prod(blocks)
+
+    def parts(self, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Views (rows, blocks, block) of a matrix of values, with the blocks they are: the full ones, then the rest."""
+        full = matrix.shape[1] // self.block
+        if full:
+            yield slice(0, full), matrix[:, : full * self.block].view(matrix.shape[0], full, self.block)
+        if full * self.block < matrix.shape[1]:
+            yield slice(full, full + 1), matrix[:, full * self.block :].unsqueeze(1)
+
+
+class Dynamic(Blocks):
+    """8 or 4 bits: the nearest value of a code book times the largest magnitude of the block."""
+
+    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+        codes, scale = state[key][rows], state[key + "_scale"][rows]
+        table = book(self.bits, signed, codes)
+        if self.bits == 8:
+            values = table.decode(codes).view(codes.shape)
+        else:
+            values = table.decode(unpack(codes)).view(len(codes), -1)
+        for blocks, part in self.parts(values):
+            part.mul_(scale[:, blocks, None])
+        return values.to(wide)
+
+    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+        codes, scale = state[key][rows], state[key + "_scale"][rows]
+        flat = values.reshape(len(values), -1)
+        unit = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+        for (blocks, part), (_, out) in zip(self.parts(flat), self.parts(unit), strict=True):
+            largest = (torch.maximum(part.amax(-1), -part.amin(-1)) if signed else part.amax(-1)).float()
+            scale[:, blocks] = largest
+            torch.mul(part, largest.clamp(min=TINY).reciprocal().unsqueeze(-1), out=out)
+        found = book(self.bits, signed, codes).encode(unit).view(unit.shape)
+        if self.bits == 4:
+            found = pack(found)
+        codes.copy_(found)
+
+
+class Expanded(Blocks):
+    """E4M3 of sign(x) (|x| / Amax)^k, with k such that the block's range fills that of E4M3.
+
+    COAT scales by c = sqrt(Amax Amin), which cancels: x = sign Amax (|code| / 448)^(1/k). k is a multiple of 1/16,
+    below 1 where the block's range exceeds E4M3's. Zeros are left out of Amin and stay zero.
+    """
+
+    extra = ("_scale", "_power")
+
+    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+        codes, scale, power = (state[key + suffix][rows] for suffix in ("", *self.extra))
+        every = torch.arange(256, dtype=torch.uint8, device=codes.device)
+        logs = every.view(torch.float8_e4m3fn).float().abs().div_(E4M3_MAX).log2_()  # torch's cast takes 10 ns a value
+        values = logs.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        for blocks, part in self.parts(values):
+            part.mul_(power[:, blocks, None].reciprocal())
+        values.exp2_()
+        for blocks, part in self.parts(values):
+            part.mul_(scale[:, blocks, None])
+        if signed:
+            values.copysign_(codes.view(torch.int8))
+        return values.to(wide)
+
+    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+        codes, scale, power = (state[key + suffix][rows] for suffix in ("", *self.extra))
+        flat = values.reshape(len(values), -1)
+        unit = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+        for (blocks, part), (_, out) in zip(self.parts(flat), self.parts(unit), strict=True):
+            torch.abs(part, out=out) if part.dtype == out.dtype else out.copy_(part.abs())
+            largest = out.amax(-1)
+            # A zero becomes the largest magnitude here, so that it does not count as the smallest.
+            smallest = torch.where(out == 0, largest.unsqueeze(-1), out).amin(-1)
+            k = expansion(largest, smallest)
+            scale[:, blocks], power[:, blocks] = largest, k
+            out.mul_(largest.clamp(min=TINY).reciprocal().unsqueeze(-1)).log2_().mul_(k.unsqueeze(-1))
+        unit.exp2_().mul_(E4M3_MAX).clamp_(max=E4M3_MAX)  # torch's cast makes NaN of more
+        if signed:
+            unit.copysign_(flat)
+        codes.copy_(unit.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def expansion(largest: Tensor, smallest: Tensor) -> Tensor:
+    """COAT's exponent k, rounded down to a multiple of 1/16; 4096 stands in for the infinity of equal magnitudes."""
+    span = largest.clamp(min=TINY).log2() - smallest.clamp(min=TINY).log2()
+    return (16 * EXPANSION_RANGE / span.clamp(min=1e-6)).floor_().div_(16).clamp_(1 / 16, 4096)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, the first in the upper half; a row of odd length ends in half a byte of zero."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return (codes[:, ::2] << 4) | codes[:, 1::2]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The codes of `pack`, with the padding of a row of odd length."""
+    return torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1)
+
+
+PLAIN = Plain()
+CODECS: dict[str, Codec] = {
+    "fp32": PLAIN,
+    "bf16": Codec(torch.bfloat16),
+    "int8": Dynamic(bits=8, block=256),
+    "int4": Dynamic(bits=4, block=128),
+    "fp8": Expanded(bits=8, block=128),
+}
+"""By the name in the option `states`."""
+
+
+def codec_for(name: str, shape: Sequence[int]) -> Codec:
+    """The codec of a state of this global shape: `name`'s, or fp32 where that would save little."""
+    codec = CODECS[name]
+    if not isinstance(codec, Blocks):
+        return codec
+    width = math.prod(shape[1:])
+    large = len(shape) >= 2 and math.prod(shape) >= SMALLEST and width >= codec.block // 4
+    return codec if large and width * codec.bits % 8 == 0 else PLAIN
+
+
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """Rows of a tensor; a scalar has none to choose from."""
+    return tensor[rows] if tensor.dim() else tensor

@@ -1,0 +1,221 @@
+"""A matrix's subspace through time: when its basis is replaced, by what, and what becomes of the moments then.
+
+State: `basis` (r, k), fp32 or packed to 4 bits; numbers `captured` (share of the gradient's energy in a fresh basis),
+`overlap` (|Q_new Q_old^T|^2 / r, 1 for the same span), `refreshes` and `next_refresh` (a count of steps).
+Lazy refreshes as in Q-GaLore (Zhang et al. 2024, arXiv:2407.08296, section 3.2): the gap doubles while the last five
+overlaps average above a threshold. The authors compare only the first vector, whose sign is arbitrary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optim.affine import Affine4
+from optim.base import Group, State, read, state_dtype
+from optim.codec import PLAIN, Codec, codec_for
+from optim.projection import METHODS, Side, basis_shape, find_basis, low_shape, project, side_of
+from optim.rounding import keyed_normal, next_seed, seed_of, seeded_normal
+from optim.rules import Moment, Rule
+from optim.warm import sketch_basis, warm_basis
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right")
+REFRESH = (*METHODS, "warm", "randomized", "random")
+ON_REFRESH = ("keep", "sign", "procrustes", "rotate", "reset")
+BASIS: dict[str, Codec] = {"fp32": PLAIN, "int4": Affine4(block=256)}
+
+FALL = 0.9
+"""A warm basis that captures less than this share of what the last one did is searched for anew."""
+SEARCH_EVERY = 10
+"""Refreshes after which a warm basis is searched for anew in any case: power iteration alone is slow to leave a
+subspace whose directions have died."""
+QUEUE = 5
+OWN_KEYS = {"basis", "basis_scale", "basis_zero", "overlaps", "growth"}
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Decisions for a matrix of global `shape` in a group; what changes is in the parameter's state."""
+
+    shape: Sequence[int]
+    group: Group
+    side: Side = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "side", side_of(self.shape, self.group.get("proj_type", "std")))
+
+    @property
+    def basis_shape(self) -> tuple[int, int]:
+        return basis_shape(self.shape, self.group["rank"], self.side)
+
+    @property
+    def low_shape(self) -> tuple[int, int]:
+        return low_shape(self.shape, self.group["rank"], self.side)
+
+    @property
+    def codec(self) -> Codec:
+        return BASIS[self.group.get("basis", "fp32")]
+
+    def new_state(self, p: Tensor) -> State:
+        state: State = {"captured": 0.0, "overlap": 0.0, "refreshes": 0, "next_refresh": 0}
+        if self.group["lazy"]:
+            state |= {"gap": self.group["update_proj_gap"], "overlaps": p.new_zeros(QUEUE, dtype=torch.float32)}
+        return state | self.codec.new("basis", p, self.basis_shape, state_dtype(p.dtype))
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the tensors of `new_state` for weights of `dtype`."""
+        queue = 4 * QUEUE if self.group.get("lazy") else 0
+        return self.codec.nbytes(self.basis_shape, state_dtype(dtype)) + queue
+
+    def basis(self, state: State, dtype: torch.dtype) -> Tensor:
+        """(r, k) in `dtype`."""
+        return self.codec.read(state, "basis", slice(None), dtype, signed=True)[:, : self.basis_shape[1]]
+
+    def due(self, state: State) -> bool:
+        """Whether the next step needs a new basis."""
+        return bool(state["refreshes"] == 0 or state["step"] >= state["next_refresh"])
+
+    def refresh(self, grad: Tensor, state: State, moments: Sequence[Moment], name: str) -> Tensor | None:
+        """Replace the basis; keep it if the gradient is zero, in which no direction leads, or not finite.
+
+        Returns:
+            The gradient projected by the new basis, where measuring the basis has made it.
+        """
+        peak = read(torch.maximum(grad.amax(), -grad.amin()), usual=1.0)  # 15 times as fast as torch's infinity norm
+        if not peak < math.inf:
+            return None
+        random = self.group["refresh"] == "random"
+        if peak == 0.0 and not random:
+            if state["refreshes"]:
+                self._schedule(state, name)
+            return None
+        dtype = state_dtype(grad.dtype)
+        # Squares of a very small or very large gradient leave fp32's range.
+        wide = dtype if random or 1e-12 < peak < 1e12 else torch.float64
+        old = self.basis(state, wide) if state["refreshes"] else None
+        new, captured, low = self._find(grad, old, state, wide, name)
+        found = new
+        if old is not None and not random:
+            turn = new @ old.T
+            state["overlap"] = read(turn.square().sum() / len(turn), usual=1.0)
+            new = self._align(new, turn, state, moments)
+        self._settle(state, new, captured, name)
+        return low if new is found and wide == dtype and self.codec.in_place else None
+
+    def _settle(self, state: State, new: Tensor, captured: float, name: str) -> None:
+        if self.codec.in_place:
+            state["basis"].copy_(new)
+        else:
+            self.codec.write(state, "basis", slice(None), new, signed=True)
+        state["captured"] = captured
+        if self.group["on_refresh"] == "reset" and state["refreshes"]:
+            state["step"] = 0
+            for key, value in state.items():
+                if isinstance(value, Tensor) and key not in OWN_KEYS:
+                    value.zero_()
+        state["refreshes"] += 1
+        self._schedule(state, name)
+
+    def _schedule(self, state: State, name: str) -> None:
+        gap = self.group["update_proj_gap"]
+        if self.group["lazy"]:
+            if state["refreshes"] > 1:
+                state["overlaps"][state["refreshes"] % QUEUE] = state["overlap"]
+            if state["refreshes"] > QUEUE and read(state["overlaps"].mean(), 0.0) >= self.group["lazy_threshold"]:
+                state["gap"] *= 2
+            gap = state["gap"]
+        early = seed_of(name) % gap if self.group["stagger"] and state["refreshes"] == 1 else 0
+        state["next_refresh"] = state["step"] + gap - early
+
+    def _find(
+        self, grad: Tensor, old: Tensor | None, state: State, wide: torch.dtype, name: str
+    ) -> tuple[Tensor, float, Tensor | None]:
+        """A new basis in `wide`, the share of energy it captures and the gradient projected by it.
+
+        Of a random one, which is not orthonormal, 0 and nothing.
+        """
+        r, k = self.basis_shape
+        method, count = self.group["refresh"], state["refreshes"]
+        if method == "random":
+            if "seed" in state:  # as the authors draw
+                drawn = seeded_normal((r, k) if self.side == "right" else (k, r), grad, state["seed"])
+                state["seed"] = next_seed(state["seed"])
+                return (drawn if self.side == "right" else drawn.T).to(wide) / math.sqrt(r), 0.0, None
+            return keyed_normal((r, k), grad.new_empty((), dtype=wide), name, count).mul_(r**-0.5), 0.0, None
+        if method == "warm" and old is not None:
+            new = warm_basis(grad, old, self.side)
+            captured, low = self._captured(grad, new)
+            if captured >= FALL * state["captured"] and (count + 1) % SEARCH_EVERY:
+                return new, captured, low
+        if method == "randomized" or (method == "warm" and old is not None):
+            new = sketch_basis(grad, r, self.side, wide, (name, count), old if method == "warm" else None)
+        else:
+            fix_signs = self.group["compat"] != "authors"
+            exact = "gram" if method == "warm" else method
+            new = find_basis(grad, r, self.side, exact, wide, fix_signs=fix_signs)
+        return new, *self._captured(grad, new)
+
+    def _captured(self, grad: Tensor, basis: Tensor) -> tuple[float, Tensor]:
+        low = project(grad, basis, self.side)
+        share = torch.linalg.vector_norm(low) / torch.linalg.vector_norm(grad, dtype=basis.dtype)
+        return read(share.square(), usual=1.0), low
+
+    def _align(self, new: Tensor, turn: Tensor, state: State, moments: Sequence[Moment]) -> Tensor:
+        """Turn the new basis to the old one, or the moments to the new basis. `turn` is Q_new Q_old^T."""
+        match self.group["on_refresh"]:
+            case "sign":
+                return new * torch.where(turn.diagonal() < 0, -1.0, 1.0).to(new.dtype)[:, None]
+            case "procrustes":
+                u, _, vh = torch.linalg.svd(turn)
+                turned: Tensor = (u @ vh).T @ new
+                return turned
+            case "rotate":
+                for moment in moments:
+                    self._rotate(state, moment, turn if moment.power == 1 else turn.square())
+        return new
+
+    def _rotate(self, state: State, moment: Moment, turn: Tensor) -> None:
+        codec = codec_for(self.group["states"], self.low_shape)
+        values = codec.read(state, moment.key, slice(None), turn.dtype, signed=moment.signed)
+        turned = turn.to(values.dtype) @ values if self.side == "left" else values @ turn.to(values.dtype).T
+        if codec.in_place:
+            state[moment.key].copy_(turned)
+        else:
+            codec.write(state, moment.key, slice(None), turned, signed=moment.signed)
+
+
+def check_subspace(group: Group, lift: str, rule: Rule) -> None:
+    """Raise ValueError if a group's options of projection make no sense, alone or together."""
+    for key, known in (
+        ("proj_type", PROJ_TYPES),
+        ("refresh", REFRESH),
+        ("on_refresh", ON_REFRESH),
+        ("basis", tuple(BASIS)),
+    ):
+        if group[key] not in known:
+            raise ValueError(f"{key}={group[key]!r}: must be one of {', '.join(known)}")
+    for key in ("rank", "update_proj_gap"):
+        if not isinstance(group[key], int) or group[key] < 1:
+            raise ValueError(f"{key}={group[key]!r}: must be a whole number of at least 1")
+    if not 0 < group["scale"] < math.inf:
+        raise ValueError(f"scale={group['scale']}: must be a finite number above 0; 0.25 is usual")
+    if group["refresh"] == "random":
+        if lift not in ("channel", "tensor"):
+            raise ValueError(
+                "refresh='random': a random basis only measures gradients; turning a step back needs an orthonormal "
+                "one. Use refresh='warm', or APOLLO."
+            )
+        if group["on_refresh"] not in ("keep", "reset"):
+            raise ValueError(
+                f"on_refresh={group['on_refresh']!r} with refresh='random': a new random basis has nothing to do with "
+                "the old one; use 'keep' or 'reset'"
+            )
+        if group["lazy"]:
+            raise ValueError("lazy=True with refresh='random': random bases do not settle; use lazy=False")
+    if group["on_refresh"] == "rotate" and not rule.turns:
+        raise ValueError(
+            f"on_refresh='rotate': the factored moments of {type(rule).__name__} cannot be turned; use 'keep', 'sign', "
+            "'procrustes' or 'reset'"
+        )
