@@ -21,7 +21,7 @@ OVERSAMPLE = 64
 PASSES = 2
 MOST_PASSES = 4
 """Of Cholesky; one is enough for rows that are nearly orthogonal, as those of a warm basis are."""
-ORTHONORMAL = {torch.float32: 1e-5, torch.float64: 1e-12}
+ORTHONORMAL = 1e-12
 """Largest entry of |Q Q^T - I| that is accepted."""
 
 
@@ -55,15 +55,17 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
     Where rows depend on each other, as for a gradient of low rank, the missing directions are completed.
     """
-    found: Tensor = rows
+    # In fp64, as products of rows far from orthogonal lose digits: the last bit of a gradient, which differs between
+    # rank counts, must not show in the basis. These products are small.
+    found: Tensor = rows.double()
     for attempt in range(MOST_PASSES):
         # Unit rows first: what makes the product ill-conditioned is mostly their lengths, spread as squares are.
         found = torch.nn.functional.normalize(found, dim=1, eps=torch.finfo(found.dtype).tiny)
         products = found @ found.T
         if attempt:
-            error = (products - torch.eye(len(found), dtype=found.dtype, device=found.device)).abs().amax()
-            if read(error, usual=0.0) <= ORTHONORMAL[found.dtype]:
-                return found
+            error = (products - torch.eye(len(found), dtype=torch.float64, device=found.device)).abs().amax()
+            if read(error, usual=0.0) <= ORTHONORMAL:
+                return found.to(rows.dtype)
         factor, _ = torch.linalg.cholesky_ex(products)
         found = torch.linalg.solve_triangular(factor, found, upper=False)
     q, r = torch.linalg.qr(rows.T.double())
