@@ -222,6 +222,10 @@ def compare(
     return plans, untried
 
 
+OTHER_OPTIMIZERS = ("adamw", "galore", "adamw_8bit", "apollo_mini")
+"""What is planned instead of the chosen one: the usual, a low-rank, a low-bit and a nearly stateless method."""
+
+
 def alternatives(cfg: Config, peak: Peak) -> dict[str, Config]:
     """Return what could be chosen instead, by the override that chooses it; those that may lower most come first.
 
@@ -243,7 +247,7 @@ def alternatives(cfg: Config, peak: Peak) -> dict[str, Config]:
         if cfg.precision.compute is Dtype.fp32:
             autocast = replace(cfg, precision=replace(cfg.precision, compute=Dtype.bf16))
             found.append(("precision=bf16", ("activations",), autocast))
-    for name in registry.names():
+    for name in OTHER_OPTIMIZERS:
         if name != cfg.optim.name:
             other = replace(cfg, optim=registry.config_class(name)())
             found.append((f"optim={name}", ("states", "workspace"), other))

@@ -47,7 +47,10 @@ def message(*overrides: str) -> str:
         (["optim.betas=0.9"], ["optim.betas=0.9: needs a list in brackets, such as [0.9,0.999]"]),
         (["optim.betas=[0.9]"], ["optim.betas=[0.9]: needs two numbers"]),
         (["model.tie_embeddings=3"], ["model.tie_embeddings=3: needs true or false"]),
-        (["precision.weights=FP32"], ["precision.weights=FP32: needs one of fp32, bf16, bf16_sr, fp64; did you mean fp32?"]),
+        (
+            ["precision.weights=FP32"],
+            ["precision.weights=FP32: needs one of fp32, bf16, bf16_sr, fp64; did you mean fp32?"],
+        ),
         (["train=3"], ["train=3: is a section"]),
         (["train={steps:5,stepz:6}"], ["is a section; set its options one by one", "stepz"]),
         (["train.steps=[1"], ["train.steps=[1: cannot be read"]),

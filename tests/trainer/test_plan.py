@@ -268,11 +268,11 @@ def test_other_choices_are_those_that_differ_most_promising_first() -> None:
     peak = Peak(30, {"weights": 4, "gradients": 4, "states": 20, "activations": 1, "workspace": 1}, "step", 0)
     found = alternatives(cfg, peak)
     assert list(found) == [
-        "optim=adamw", "precision=bf16_pure", "train.micro_batch=2", "activations=recompute", "precision=bf16",
+        "optim=adamw", "optim=adamw_8bit", "optim=apollo_mini", "precision=bf16_pure", "train.micro_batch=2", "activations=recompute", "precision=bf16",
     ]  # fmt: skip
     assert found["train.micro_batch=2"] == replace(cfg, train=replace(cfg.train, micro_batch=2))
     done = load([*SMALL, "train.micro_batch=1", "precision=bf16_pure", "activations=recompute", "optim=adamw"])
-    assert list(alternatives(done, peak)) == ["optim=galore"]
+    assert list(alternatives(done, peak)) == ["optim=galore", "optim=adamw_8bit", "optim=apollo_mini"]
     for override, changed in alternatives(cfg, peak).items():
         chosen = load([*SMALL, override])
         assert changed == replace(chosen, optim=changed.optim)
@@ -313,9 +313,9 @@ def test_choices_there_is_no_time_for_are_named(capsys: Output, monkeypatch: pyt
     monkeypatch.setattr("trainer.cli.plan.SECONDS", 0.0)
     assert plan_command([*SMALL, *NARROW]) == 0
     out = capsys.readouterr().out
-    assert "Not tried" in out and out.count("optim=adamw") == 1
+    assert "Not tried" in out and out.count("optim=apollo_mini") == 1
     assert plan_command([*SMALL, *NARROW, "--alone"]) == 0
-    assert "optim=adamw" not in capsys.readouterr().out
+    assert "optim=apollo_mini" not in capsys.readouterr().out
 
 
 def test_json_holds_the_bytes_of_one_rank(capsys: Output) -> None:
