@@ -268,7 +268,8 @@ def test_other_choices_are_those_that_differ_most_promising_first() -> None:
     peak = Peak(30, {"weights": 4, "gradients": 4, "states": 20, "activations": 1, "workspace": 1}, "step", 0)
     found = alternatives(cfg, peak)
     assert list(found) == [
-        "optim=adamw", "optim=adamw_8bit", "optim=apollo_mini", "precision=bf16_pure", "train.micro_batch=2", "activations=recompute", "precision=bf16",
+        "optim=adamw", "optim=adamw_8bit", "optim=apollo_mini", "precision=bf16_pure", "train.micro_batch=2",
+        "activations=recompute", "precision=bf16",
     ]  # fmt: skip
     assert found["train.micro_batch=2"] == replace(cfg, train=replace(cfg.train, micro_batch=2))
     done = load([*SMALL, "train.micro_batch=1", "precision=bf16_pure", "activations=recompute", "optim=adamw"])
