@@ -73,7 +73,9 @@ def train(run: Run) -> None:
     """
     cfg = run.built.cfg
     first_step = run.step
-    if run.step == 0:
+    if run.step >= cfg.train.steps:
+        run.recorder.notice(f"all {cfg.train.steps} steps are done already; a larger train.steps goes on")
+    if run.step == 0 or run.step >= cfg.train.steps:
         measure(run)
     while run.step < cfg.train.steps:
         batch = next(run.stream)

@@ -12,6 +12,7 @@ from trainer.display.progress import RunInfo
 from trainer.display.report import Memory, Outcome, print_report
 from trainer.folder import RunFolder
 from trainer.loop import Run
+from trainer.memory import Peak
 from trainer.metrics import read_metrics
 from trainer.model import first_line, parameter_count
 from trainer.plan import predict
@@ -51,64 +52,76 @@ def state_sizes(run: Run) -> tuple[int, int]:
 
 def finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
     """Write summary.json, memory.json and the plots, and print the final table. Rank 0 does; others return the same."""
-    cfg, throughput = run.built.cfg, run.throughput
-    peaks = {name: timeline.peak for name, timeline in run.timelines.items()}
+    summary = figures(run)
+    if run.built.world.leads:
+        folder.write_json("summary.json", summary)
+        draw(run, folder, prediction(run))
+        recorder.close()
+        if run.timelines:
+            print_report(outcome(run, folder, summary))
+    return summary
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """The figures of summary.json."""
     own_states, adamw_states = state_sizes(run)
-    summary: dict[str, Any] = {
+    found: dict[str, Any] = {
         "steps": run.step,
         "tokens": run.tokens,
-        "seconds": throughput.seconds,
-        "tokens_per_second": throughput.average,
+        "seconds": run.throughput.seconds,
+        "tokens_per_second": run.throughput.average,
         "parameters": parameter_count(run.built.model),
-        "optimizer": cfg.optim.name,
+        "optimizer": run.built.cfg.optim.name,
         "state_bytes": own_states,
         "adamw_state_bytes": adamw_states,
         "skipped": run.skipped,
         "eval_loss_first": run.first_evaluation,
     }
     if run.evaluation is not None:
-        summary |= {
+        found |= {
             "eval_loss": run.evaluation.loss,
             "eval_perplexity": run.evaluation.perplexity,
             "eval_perplexity_authors": run.evaluation.authors_perplexity,
             "eval_targets": run.evaluation.targets,
         }
-    outcome = None
-    if peaks:
-        peak = max(peaks.values(), key=lambda found: found.total)
-        steady = peaks.get("steady", peak)
-        summary |= {"memory": peak.by_kind, "memory_peak": peak.total, "memory_peak_phase": peak.phase}
-        outcome = Outcome(
-            name=cfg.recipe or cfg.run.name,
-            steps=run.step,
-            tokens=run.tokens,
-            seconds=throughput.seconds,
-            tokens_per_second=throughput.average,
-            memory=Memory(label=cfg.optim.name, by_kind=peak.by_kind),
-            baseline=None
-            if cfg.optim.name == "adamw"
-            else Memory(label="adamw", by_kind={**steady.by_kind, "states": adamw_states}),
-            phase=peak.phase,
-            first_loss=run.first_evaluation,
-            last_loss=summary.get("eval_loss"),
-            perplexity=summary.get("eval_perplexity"),
-            authors_perplexity=summary.get("eval_perplexity_authors"),
-            skipped=run.skipped,
-            written={
-                "run folder": folder.path,
-                "loss plot": folder.plots / "loss.png",
-                "memory plot": folder.plots / "memory.png",
-                "figures": folder.metrics,
-                "checkpoint": run.store.folder,
-            },
-        )
-    if run.built.world.leads:
-        folder.write_json("summary.json", summary)
-        draw(run, folder, prediction(run))
-        recorder.close()
-        if outcome is not None:
-            print_report(outcome)
-    return summary
+    if run.timelines:
+        peak = highest_peak(run)
+        found |= {"memory": peak.by_kind, "memory_peak": peak.total, "memory_peak_phase": peak.phase}
+    return found
+
+
+def highest_peak(run: Run) -> Peak:
+    """The most bytes held at once in any counted step."""
+    return max((timeline.peak for timeline in run.timelines.values()), key=lambda peak: peak.total)
+
+
+def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
+    """What the final table says: this run beside plain AdamW, whose steady step differs in the states alone."""
+    cfg, peak = run.built.cfg, highest_peak(run)
+    steady = run.timelines["steady"].peak if "steady" in run.timelines else peak
+    adamw = Memory(label="adamw", by_kind={**steady.by_kind, "states": summary["adamw_state_bytes"]})
+    return Outcome(
+        name=cfg.recipe or cfg.run.name,
+        steps=run.step,
+        tokens=run.tokens,
+        seconds=summary["seconds"],
+        tokens_per_second=summary["tokens_per_second"],
+        memory=Memory(label=cfg.optim.name, by_kind=peak.by_kind),
+        baseline=None if cfg.optim.name == "adamw" else adamw,
+        phase=peak.phase,
+        first_loss=run.first_evaluation,
+        last_loss=summary.get("eval_loss"),
+        perplexity=summary.get("eval_perplexity"),
+        authors_perplexity=summary.get("eval_perplexity_authors"),
+        skipped=run.skipped,
+        written={
+            "run folder": folder.path,
+            "loss plot": folder.plots / "loss.png",
+            "memory plot": folder.plots / "memory.png",
+            "figures": folder.metrics,
+            "checkpoint": run.store.folder,
+        },
+    )
 
 
 def prediction(run: Run) -> dict[str, Any]:

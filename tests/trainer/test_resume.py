@@ -310,3 +310,13 @@ def test_a_folder_with_nothing_but_damaged_checkpoints_is_not_begun_anew(text: P
     for _ in range(2):  # also once the damaged one has been set aside
         with pytest.raises(UserError, match="step_00000002.*none can be used"):
             run(load(asked))
+
+
+def test_a_finished_run_started_again_says_so_and_keeps_its_figures(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = overrides(text, tmp_path / "run", "adamw", "train.steps=3")
+    first = run(load(asked)).summary
+    again = run(load(asked)).summary
+    assert "all 3 steps are done already" in capsys.readouterr().out
+    assert (again["eval_loss"], again["tokens"]) == (first["eval_loss"], first["tokens"])
