@@ -9,6 +9,7 @@ machine's speed drifts. Bar: within 2 %. The control arm is the bare loop again:
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -96,7 +97,8 @@ def bare_arm(overrides: list[str], steps: int) -> float:
 def child(arm: str, overrides: list[str], steps: int) -> float:
     """Run one arm in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.loop_overhead", "--arm", arm, "--steps", str(steps), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    threads = {"GOMP_SPINCOUNT": "20000", **os.environ}  # as the command line sets it, for both arms
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=threads)
     return float(json.loads(done.stdout.splitlines()[-1])["seconds_per_step"])
 
 

@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None, *, default: str | None = None) -> in
         default: command that is meant where the arguments name none (`python -m trainer` means train).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Before torch is imported, which is when libgomp reads it. Threads that spin while they wait keep the one they wait
-    # for off its core: on 2 cores shared with one other busy process the main job ran 6 to 10 times slower so.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported, which is when libgomp reads it. Threads that spin long while they wait keep the one they
+    # wait for off its core. Main job's step, 2 cores: 0.30 s with this and with libgomp's default (300,000) on a quiet
+    # machine, 1.0 s and 7 s beside one other busy process.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         return dispatch(arguments, default)
     except (UserError, TrainingStopped, Interrupted) as error:
