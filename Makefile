@@ -4,14 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: train test test-all lint docs clean help
+.PHONY: train test test-all lint clean help
 
 help:
 	@echo "make train     set up .venv and run the main job (about a minute on 2 cores once the packages are there)"
 	@echo "make test      set up .venv and run the quick tests"
 	@echo "make test-all  the quick and the slow tests"
 	@echo "make lint      ruff and mypy --strict"
-	@echo "make docs      generate what docs/ generates"
 
 train: $(VENV)/.ready
 	$(BIN)/stowage train

@@ -72,4 +72,12 @@ class ScheduleConfig:
             found.append(f"schedule.floor={self.floor}: must lie between 0 and 1")
         if not 0 < self.decay < float("inf") or (self.decay >= 1 and self.decay != int(self.decay)):
             found.append(f"schedule.decay={self.decay}: a fraction above 0 and below 1, or a whole number of steps")
+        elif self.decay != ScheduleConfig.decay and self.name is not ScheduleName.wsd:
+            found.append(
+                f"schedule.decay={self.decay}: has no effect with schedule={self.name.value}; use schedule=wsd"
+            )
+        if self.floor != ScheduleConfig.floor and self.name is ScheduleName.constant:
+            found.append(
+                f"schedule.floor={self.floor}: has no effect with schedule=constant; use schedule=linear or cosine"
+            )
         return found

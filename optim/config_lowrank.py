@@ -122,6 +122,8 @@ class ProjectedConfig(TargetedConfig):
         found += finite("scale", self.scale, above=0)
         if not 0 < self.lazy_threshold <= 1:
             found.append(f"optim.lazy_threshold={self.lazy_threshold}: must lie above 0 and up to 1; 0.4 is usual")
+        elif self.lazy_threshold != ProjectedConfig.lazy_threshold and not self.lazy:
+            found.append(f"optim.lazy_threshold={self.lazy_threshold}: has no effect without optim.lazy=true; add it")
         return found + self.combination_problems()
 
     def combination_problems(self) -> list[str]:

@@ -190,6 +190,11 @@ class TrackConfig:
     project: str = "stowage"
     """Project name given to the tracker."""
 
+    def problems(self) -> list[str]:
+        if self.to == "none" and self.project != TrackConfig.project:
+            return [f"track.project={self.project}: has no effect with track=none; choose a tracker, as track=wandb"]
+        return []
+
 
 @dataclass(kw_only=True)
 class MemoryConfig:

@@ -28,7 +28,7 @@ WIDTH = 100
 """Columns, on a wider terminal and in a pipe too."""
 
 EXAMPLES = """\
-stowage train                                        a small LLaMA with GaLore, offline, two minutes
+stowage train                                        a small LLaMA with GaLore, offline, a minute
 stowage train optim=adamw train.steps=1000           another optimizer, longer
 stowage train data=text data.path='books/*.txt'      text of your own
 stowage train model=hf model.path=Qwen/Qwen3-0.6B precision=bf16 activations=recompute

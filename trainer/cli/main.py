@@ -77,7 +77,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`stowage train` without options trains a small LLaMA on this machine, offline, in about two minutes.",
+            "`stowage train` without options trains a small LLaMA on this machine, offline, in about a minute.",
             "`python -m trainer ...` is `stowage train ...`; so are `torchrun --nproc-per-node N -m trainer ...`",
             "and `accelerate launch -m trainer ...`.",
         ]
