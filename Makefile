@@ -36,11 +36,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
-# galore-torch is only compared with; its own dependencies (bitsandbytes, tensorly) are not needed for that
+# the authors' packages are only compared with; their own dependencies (tensorly and old pins) are not needed for that
 $(VENV)/.ready-test: pyproject.toml constraints.txt | $(VENV)/.ready
 	@echo "installing what the tests need into $(VENV) ..."
 	$(PIP) -e '.[test]'
-	$(PIP) --no-deps galore-torch
+	$(PIP) --no-deps galore-torch apollo-torch q-galore-torch fira
 	@touch $@
 
 clean:
