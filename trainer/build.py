@@ -17,6 +17,7 @@ from parallel.launch import World
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
 from trainer.determinism import make_deterministic
+from trainer.engines.base import Engine
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.memory import MemoryMeter
@@ -34,7 +35,7 @@ class Trainable:
     model: nn.Module
     """The transformers model itself, never a wrapper."""
     optimizer: Optimizer
-    engine: TorchEngine
+    engine: Engine
     meter: MemoryMeter
 
 
@@ -77,7 +78,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
-    engine = TorchEngine(model, optimizer, world, cfg.parallel)
+    engine: Engine = TorchEngine(model, optimizer, world, cfg.parallel)
     meter = MemoryMeter(model, optimizer, world.device)
     return Trainable(cfg=cfg, world=world, model=model, optimizer=optimizer, engine=engine, meter=meter)
 

@@ -18,7 +18,7 @@ from trainer.memory import Timeline
 from trainer.metrics import Throughput
 from trainer.recorder import Recorder
 from trainer.signals import Interrupted, StopRequest
-from trainer.state import optimizer_numbers, parameter_names, run_tensors
+from trainer.state import run_tensors
 from trainer.step import Stepped, train_step
 
 
@@ -49,7 +49,6 @@ class Run:
 
     def meta(self) -> dict[str, Any]:
         """Where the run stands, as numbers for a checkpoint's manifest."""
-        names = parameter_names(self.built.model)
         return {
             "step": self.step,
             "data": self.stream.state(),
@@ -60,7 +59,7 @@ class Run:
             "first_evaluation": self.first_evaluation,
             "identity": identity(self.built.cfg),
             "data_fingerprint": self.built.corpus.fingerprint,
-            "optimizer_numbers": optimizer_numbers(self.built.optimizer, names),
+            "optimizer_numbers": self.built.engine.numbers(),
         }
 
 
@@ -156,7 +155,7 @@ def save(run: Run, *, last: bool = False) -> None:
     built, world = run.built, run.built.world
     try:
         with run.throughput.aside("save"), run.recorder.phase("saving"), built.meter.phase("save"):
-            tensors = run_tensors(built.model, built.optimizer, world.process_rank, world.device)
+            tensors = run_tensors(built.engine, world.process_rank, world.device)
             path = run.store.save(run.step, tensors, run.meta())
     except CheckpointSaveError as error:
         if last:

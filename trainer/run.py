@@ -158,7 +158,7 @@ def begin(
     )
     where: dict[str, Any] = {}
     if checkpoint is not None:
-        restore(checkpoint, built.model, built.optimizer, seed=cfg.seed, rank=world.process_rank, device=world.device)
+        restore(checkpoint, built.engine, seed=cfg.seed, rank=world.process_rank, device=world.device)
         where = dict(checkpoint.meta)
         same_options = not differences(where["identity"]["order"], identity(cfg)["order"])
         same_data = same_options and where["data_fingerprint"] == built.corpus.fingerprint

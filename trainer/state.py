@@ -6,6 +6,7 @@ into the manifest's `meta`. Nothing here is pickled.
 """
 
 import random
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch.optim import Optimizer
 
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.engines.base import Engine
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -88,18 +92,19 @@ def seed_all(seed: int, rank: int) -> None:
     random.seed(int(mixed))
 
 
-def run_tensors(model: nn.Module, optimizer: Optimizer, rank: int, device: torch.device) -> dict[str, Tensor]:
+def set_numbers(optimizer: Optimizer, names: dict[Tensor, str], numbers: dict[str, Any]) -> None:
+    """Put state numbers, as `optimizer_numbers` gave them, into `optimizer`."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    for name, values in numbers.items():
+        optimizer.state[by_name[name]].update(values)
+
+
+def run_tensors(engine: "Engine", rank: int, device: torch.device) -> dict[str, Any]:
     """Every tensor a checkpoint of this rank holds."""
-    return {
-        **model_tensors(model),
-        **optimizer_tensors(optimizer, parameter_names(model)),
-        **random_tensors(rank, device),
-    }
+    return {**engine.tensors(), **random_tensors(rank, device)}
 
 
-def restore(
-    checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer, *, seed: int, rank: int, device: torch.device
-) -> None:
+def restore(checkpoint: Checkpoint, engine: "Engine", *, seed: int, rank: int, device: torch.device) -> None:
     """Load weights, states and generators in place.
 
     A rank the saving run did not have gets generators seeded from (seed, rank, step), since none was saved for it.
@@ -107,22 +112,14 @@ def restore(
     Raises:
         UserError: the checkpoint is of another model or optimizer.
     """
-    names = parameter_names(model)
     saved = checkpoint.names()
-    wanted = run_tensors(model, optimizer, rank, device)
+    wanted = run_tensors(engine, rank, device)
     random_here = {name: state for name, state in wanted.items() if name.startswith("rng/")}
     known = random_here.keys() <= saved.keys()
     if not known:
         wanted = {name: tensor for name, tensor in wanted.items() if name not in random_here}
     checkpoint.load(wanted)
-    by_name = {name: parameter for parameter, name in names.items()}
-    for name, numbers in checkpoint.meta.get("optimizer_numbers", {}).items():
-        if name not in by_name:
-            raise UserError(
-                f"{checkpoint.path}: has optimizer state for {name}, which this model lacks. "
-                "Give the checkpoint's own model options, or another run.dir."
-            )
-        optimizer.state[by_name[name]].update(numbers)
+    engine.loaded(checkpoint.meta.get("optimizer_numbers", {}))
     if known:
         set_random(wanted, rank, device)
     else:

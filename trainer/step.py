@@ -52,7 +52,7 @@ def micro_step(built: Trainable, batch: Batch, targets: int, last: bool) -> Tens
             loss = token_loss_sum(logits, batch.labels) / targets
         del logits  # else the logits of the forward would outlive their use in backward
         with meter.phase("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            built.engine.backward(loss)
     return loss.detach()
 
 

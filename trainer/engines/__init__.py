@@ -1,1 +1,1 @@
-"""Libraries that run the distributed step, each behind the interface of `torch_engine.TorchEngine`."""
+"""Libraries that run the distributed step, each behind the interface of `base.Engine`."""

@@ -1,6 +1,7 @@
 """The default engine: plain torch, DDP over several ranks."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.optim import Optimizer
 from parallel.config import ParallelConfig
 from parallel.launch import World
 from parallel.replicate import replicate
+from trainer.engines.base import Numbers
+from trainer.state import model_tensors, optimizer_numbers, optimizer_tensors, parameter_names, set_numbers
 
 
 class TorchEngine:
@@ -21,6 +24,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, optimizer: Optimizer, world: World, cfg: ParallelConfig) -> None:
         self.model = replicate(model, world, cfg)
         self.optimizer = optimizer
+        self._owner = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -30,6 +34,10 @@ class TorchEngine:
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this micro-step's share of the loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, a device scalar; the same on every rank."""
@@ -48,3 +56,16 @@ class TorchEngine:
     def clear_gradients(self) -> None:
         """Free the gradients (DDP's buckets stay, as views of them are what `.grad` is)."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Any]:
+        """Weights and optimizer states, as `trainer.state` names them."""
+        names = parameter_names(self._owner)
+        return {**model_tensors(self._owner), **optimizer_tensors(self.optimizer, names)}
+
+    def numbers(self) -> Numbers:
+        """State numbers of all parameters."""
+        return optimizer_numbers(self.optimizer, parameter_names(self._owner))
+
+    def loaded(self, numbers: Numbers) -> None:
+        """Put saved state numbers into the optimizer; tensors were read in place."""
+        set_numbers(self.optimizer, parameter_names(self._owner), numbers)
