@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.checkpoint.checkpoint import Checkpoint
-from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.engines.base import Engine
