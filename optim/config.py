@@ -15,6 +15,17 @@ from optim.config_base import (
     States,
     names_of,
 )
+from optim.config_library import (
+    BnbAdamW8bitConfig,
+    BnbLion8bitConfig,
+    BnbPagedAdamW8bitConfig,
+    BnbPagedAdamWConfig,
+    BnbPagedLion8bitConfig,
+    LibraryConfig,
+    TorchaoAdamW4bitConfig,
+    TorchaoAdamW8bitConfig,
+    TorchaoAdamWFp8Config,
+)
 from optim.config_lowrank import (
     DEFAULT_TARGETS,
     ApolloConfig,
@@ -35,13 +46,15 @@ from optim.config_lowrank import (
 __all__ = [
     "CONFIGS", "DEFAULT_TARGETS", "AdafactorConfig", "AdamW4bitConfig", "AdamW8bitConfig", "AdamWConfig",
     "AdamWFp8Config", "ApolloConfig", "ApolloMiniConfig", "Basis", "Compat", "CosmosConfig", "FiraConfig",
-    "GaLore8bitConfig", "GaLoreAdafactorConfig", "GaLoreConfig", "OnRefresh", "OptimConfig", "ProjType", "Refresh",
-    "Rule", "SGDConfig", "ScaleType", "ScheduleConfig", "ScheduleName", "States",
+    "GaLore8bitConfig", "GaLoreAdafactorConfig", "GaLoreConfig", "LibraryConfig", "OnRefresh", "OptimConfig", "ProjType",
+    "Refresh", "Rule", "SGDConfig", "ScaleType", "ScheduleConfig", "ScheduleName", "States",
 ]  # fmt: skip
 
 CONFIGS: dict[str, type[OptimConfig]] = names_of(
     [AdamWConfig, AdamW8bitConfig, AdamW4bitConfig, AdamWFp8Config, SGDConfig, AdafactorConfig, GaLoreConfig,
-     GaLore8bitConfig, GaLoreAdafactorConfig, ApolloConfig, ApolloMiniConfig, FiraConfig, CosmosConfig]
+     GaLore8bitConfig, GaLoreAdafactorConfig, ApolloConfig, ApolloMiniConfig, FiraConfig, CosmosConfig,
+     BnbAdamW8bitConfig, BnbPagedAdamW8bitConfig, BnbPagedAdamWConfig, BnbLion8bitConfig, BnbPagedLion8bitConfig,
+     TorchaoAdamW8bitConfig, TorchaoAdamW4bitConfig, TorchaoAdamWFp8Config]
 )  # fmt: skip
 """Every optimizer by the name it has in `optim.name`."""
 

@@ -26,6 +26,14 @@ CLASSES = {
     "apollo_mini": ("optim.apollo", "APOLLOMini"),
     "fira": ("optim.fira", "Fira"),
     "cosmos": ("optim.cosmos", "COSMOS"),
+    "bnb_adamw_8bit": ("optim.bnb", "Bitsandbytes"),
+    "bnb_paged_adamw_8bit": ("optim.bnb", "Bitsandbytes"),
+    "bnb_paged_adamw": ("optim.bnb", "Bitsandbytes"),
+    "bnb_lion_8bit": ("optim.bnb", "Bitsandbytes"),
+    "bnb_paged_lion_8bit": ("optim.bnb", "Bitsandbytes"),
+    "torchao_adamw_8bit": ("optim.ao", "Torchao"),
+    "torchao_adamw_4bit": ("optim.ao", "Torchao"),
+    "torchao_adamw_fp8": ("optim.ao", "Torchao"),
 }
 """Module and class of each, imported on use: listing names costs no import of torch."""
 

@@ -181,6 +181,9 @@ def check_hardware(cfg: Config) -> None:
     bf16 = Dtype.bf16 in (cfg.precision.weights, cfg.precision.compute)
     if devices and on_cuda and bf16 and not torch.cuda.is_bf16_supported():
         found.append(f"precision.compute=bf16: {torch.cuda.get_device_name()} has no bf16; use precision=fp32")
+    if cfg.optim.name.startswith("bnb_paged_") and not on_cuda:
+        plain = "adamw" if cfg.optim.name == "bnb_paged_adamw" else cfg.optim.name.replace("paged_", "")
+        found.append(f"optim={cfg.optim.name}: pages between CUDA's memory and the host; on a CPU use optim={plain}")
     if cfg.model.attention is Attention.flash_attention_2 and not on_cuda:
         found.append("model.attention=flash_attention_2: runs on CUDA alone; use model.attention=sdpa")
     if found:
