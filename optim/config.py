@@ -46,8 +46,8 @@ from optim.config_lowrank import (
 __all__ = [
     "CONFIGS", "DEFAULT_TARGETS", "AdafactorConfig", "AdamW4bitConfig", "AdamW8bitConfig", "AdamWConfig",
     "AdamWFp8Config", "ApolloConfig", "ApolloMiniConfig", "Basis", "Compat", "CosmosConfig", "FiraConfig",
-    "GaLore8bitConfig", "GaLoreAdafactorConfig", "GaLoreConfig", "LibraryConfig", "OnRefresh", "OptimConfig", "ProjType",
-    "Refresh", "Rule", "SGDConfig", "ScaleType", "ScheduleConfig", "ScheduleName", "States",
+    "GaLore8bitConfig", "GaLoreAdafactorConfig", "GaLoreConfig", "LibraryConfig", "OnRefresh", "OptimConfig",
+    "ProjType", "Refresh", "Rule", "SGDConfig", "ScaleType", "ScheduleConfig", "ScheduleName", "States",
 ]  # fmt: skip
 
 CONFIGS: dict[str, type[OptimConfig]] = names_of(

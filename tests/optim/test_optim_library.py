@@ -19,7 +19,7 @@ from trainer.errors import UserError
 ROOT = Path(__file__).parents[2]
 NAMES = [name for name in registry.names() if issubclass(registry.config_class(name), LibraryConfig)]
 CODED, PLAIN, RAGGED = (64, 96), (40,), (70, 61)
-"""RAGGED has over 4096 values and no whole number of blocks: bitsandbytes cuts the last one short, torchao keeps fp32."""
+"""RAGGED has over 4096 values and no whole number of blocks: bitsandbytes' last is shorter, torchao keeps fp32."""
 
 
 def parameters(dtype=torch.float32):
