@@ -156,7 +156,7 @@ class ComposedOptimizer(MemoryOptimizer):
     def _store(self, p: Tensor, name: str, group: Group) -> Store:
         if p.dtype is not torch.bfloat16 or group["rounding"] == "nearest":
             return Tensor.copy_
-        return stochastic(name, self.state[p]["step"], p.device)
+        return stochastic(name, self.state[p]["step"], p)
 
     def _warn_of_cut_ranks(self, group: Group) -> None:
         cut = [p for p in group["params"] if p.dim() == 2 and min(p.shape) < group["rank"]]

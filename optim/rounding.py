@@ -5,7 +5,8 @@ global generator: it is the same after a resume, in a backward hook, and for any
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,22 +47,58 @@ def next_seed(seed: int) -> int:
     return draws[-1]
 
 
-def stochastic(name: str, step: int, device: torch.device) -> Store:
-    """Return a rounder to bf16 for one parameter in one step; its draws follow each other call after call."""
-    generator = torch.Generator(device).manual_seed(seed_of(name, step)) if device.type != "meta" else None
+def keyed_bits(seed: int, shape: Sequence[int], device: torch.device, first: int = 0) -> Tensor:
+    """Random bits, int32 of `shape`, for the values from flat index `first` on of a tensor that `seed` belongs to.
+
+    A hash of the index, so that each value has its draw whatever piece of its tensor is asked for: by chunks, on one
+    rank or on many, on any device. Two rounds of multiply and shift, each with its half of the seed, as in MurmurHash3.
+    """
+    count = math.prod(shape)
+    bits = torch.arange(count, dtype=torch.int32, device=device)
+    bits.add_(_int32(first)).mul_(_int32(0x9E3779B9)).add_(_int32(seed))
+    _stir_(bits, 15).mul_(_int32(0x85EBCA6B))
+    _stir_(bits, 13).add_(_int32(seed >> 32)).mul_(_int32(0xC2B2AE35))
+    _stir_(bits, 16).mul_(_int32(0x27D4EB2F))
+    return _stir_(bits, 15).view(tuple(shape))
+
+
+def _stir_(bits: Tensor, shift: int) -> Tensor:
+    return bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1))  # >> repeats the sign
+
+
+def _int32(number: int) -> int:
+    """The number with the lowest 32 bits of `number`, as torch's int32 holds them."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def stochastic(name: str, step: int, whole: Tensor, *, row: int = 0) -> Store:
+    """Return a rounder to bf16 for one parameter in one step, which takes `whole` and any slice of its rows.
+
+    Args:
+        row: where `whole` begins in the parameter, if it is a shard of its rows.
+    """
+    seed = seed_of(name, step)
 
     def round_(target: Tensor, wide: Tensor) -> None:
-        round_to_bf16_(target, wide, generator)
+        first = first_index(target, whole, row)
+        round_to_bf16_(target, wide, keyed_bits(seed, wide.shape, wide.device, first))
 
     return round_
 
 
-def round_to_bf16_(target: Tensor, wide: Tensor, generator: torch.Generator | None) -> None:
-    """Write fp32 `wide` into bf16 `target`, up or down with the odds that make the mean exact.
+def first_index(part: Tensor, whole: Tensor, row: int = 0) -> int:
+    """Flat index of the first value of `part`, some rows of `whole`, which begins at `row` of its parameter."""
+    width = math.prod(whole.shape[1:])
+    if not (whole.dim() and whole.is_contiguous()):
+        return row * width  # never cut into chunks
+    return row * width + int(part.storage_offset()) - int(whole.storage_offset())
+
+
+def round_to_bf16_(target: Tensor, wide: Tensor, bits: Tensor) -> None:
+    """Write fp32 `wide` into bf16 `target`, up or down with the odds that make the mean exact. `bits` are used up.
 
     bf16 is the upper half of fp32: a random number below 2**16 is added to the lower half, which is then cut off.
     The carry goes up with a probability of lower half / 2**16. Zeros, infinities and NaNs stay what they are.
     """
-    draws = torch.randint(0, 1 << 16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator)
-    bits = wide.contiguous().view(torch.int32)
-    target.copy_(draws.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32))
+    bits.bitwise_and_((1 << 16) - 1).add_(wide.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
+    target.copy_(bits.view(torch.float32))

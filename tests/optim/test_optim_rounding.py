@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optim import AdamW, GaLoreAdamW
-from optim.rounding import keyed_normal, round_to_bf16_, seed_of, stochastic
+from optim.rounding import keyed_bits, keyed_normal, round_to_bf16_, seed_of, stochastic
 
 LSB = 2.0**-7
 """Of bf16 between 1 and 2."""
@@ -10,7 +10,7 @@ LSB = 2.0**-7
 
 def rounded(wide, seed=0):
     target = torch.empty(wide.shape, dtype=torch.bfloat16)
-    round_to_bf16_(target, wide, torch.Generator().manual_seed(seed))
+    round_to_bf16_(target, wide, keyed_bits(seed_of("w", seed), wide.shape, wide.device))
     return target.float()
 
 
@@ -40,7 +40,7 @@ def test_a_hundred_updates_of_a_twentieth_of_a_digit_move_the_weight():
     weight = torch.ones(50000, dtype=torch.bfloat16)
     nearest = weight.clone()
     for step in range(100):
-        stochastic("w", step, weight.device)(weight, weight.float() + 0.05 * LSB)
+        stochastic("w", step, weight)(weight, weight.float() + 0.05 * LSB)
         nearest.copy_(nearest.float() + 0.05 * LSB)
     moved = float((weight.double() - 1).mean()) / (5 * LSB)
     assert 0.99 <= moved <= 1.01
@@ -53,7 +53,7 @@ def test_draws_depend_on_name_and_step_alone():
 
     def draw(name, step):
         target = torch.empty(1000, dtype=torch.bfloat16)
-        stochastic(name, step, target.device)(target, x)
+        stochastic(name, step, target)(target, x)
         return target
 
     first = draw("a", 3)
@@ -62,6 +62,30 @@ def test_draws_depend_on_name_and_step_alone():
     assert not torch.equal(first, draw("a", 4)) and not torch.equal(first, draw("b", 3))
     assert seed_of("w", 1, 2) == 5644937176967058213  # the same in every process, on every machine
     assert seed_of("w", 12) != seed_of("w1", 2)
+
+
+def test_a_value_has_its_draw_whatever_piece_of_its_parameter_is_rounded():
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    whole, pieces = (torch.empty(30, 8, dtype=torch.bfloat16) for _ in range(2))
+    stochastic("w", 3, whole)(whole, x)
+    for begin, end in ((0, 7), (7, 8), (8, 30)):
+        stochastic("w", 3, pieces)(pieces[begin:end], x[begin:end])
+    shards = [x[:11].bfloat16(), x[11:11].bfloat16(), x[11:].bfloat16()]
+    for row, shard in zip((0, 11, 11), shards, strict=True):
+        stochastic("w", 3, shard, row=row)(shard, x[row : row + len(shard)])
+    assert torch.equal(whole, pieces) and torch.equal(whole, torch.cat(shards))
+
+
+def test_draws_are_even_in_every_bit_and_without_relation_between_neighbours_and_steps():
+    count, cpu = 1 << 18, torch.device("cpu")
+    steps = [keyed_bits(seed_of("w", step), (count,), cpu) for step in range(8)]
+    for bits in steps:
+        shares = torch.stack([((bits >> place) & 1).double().mean() for place in range(32)])
+        assert float((shares - 0.5).abs().max()) < 5 * 0.5 / count**0.5
+    level = [(bits.double() / 2**31) for bits in steps]  # uniform in [-1, 1), variance 1/3
+    for one, other in [(level[0], level[1]), *((level[0], level[0].roll(lag)) for lag in (1, 2, 256, 4096))]:
+        assert abs(float((one * other).mean()) * 3) < 5 / count**0.5
+    assert keyed_bits(seed_of("w", 3), (2,), cpu, 2**31).tolist() == [642659290, -297109921]  # on every machine
 
 
 def test_normal_numbers_of_a_name_have_variance_one_and_the_dtype_asked_for():
@@ -74,11 +98,11 @@ def test_normal_numbers_of_a_name_have_variance_one_and_the_dtype_asked_for():
 def test_bf16_weights_follow_fp32_ones_on_average_where_nearest_rounding_stands_still(build):
     """One step far below a digit, on many weights: their mean moves as the fp32 step says."""
     generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(512, 8, generator=generator)
+    grad = torch.randn(8192, 8, generator=generator)  # one sigma of their mean is 2% of the motion
     moved = {}
     for kind in ("fp32", "nearest", "stochastic"):
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-        p = torch.nn.Parameter(torch.ones(512, 8, dtype=dtype))
+        p = torch.nn.Parameter(torch.ones(8192, 8, dtype=dtype))
         options = {"rounding": kind} if kind != "fp32" else {}
         optimizer = build([("w", p)], lr=1e-4, weight_decay=0.0, **options)
         for _ in range(30):
