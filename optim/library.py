@@ -77,7 +77,7 @@ class LibraryOptimizer(MemoryOptimizer):
                 wide = p.detach().float()
                 wide.grad = p.grad.float()
                 self.step_tensor(wide, state, group)
-                stochastic(names.get(id(p)) or self.name_of(p), state["step"], p.device)(p, wide)
+                stochastic(names.get(id(p)) or self.name_of(p), state["step"], p)(p, wide)
             else:
                 self.step_tensor(p, state, group)
 
