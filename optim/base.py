@@ -44,6 +44,15 @@ class MemoryOptimizer(torch.optim.Optimizer):
     """Whether an update looks for non-finite gradients itself, which reads from the device once a matrix. A loop that
     has looked already, as ours does at the global norm, sets it to False."""
 
+    def __init__(self, params: Any, defaults: Group) -> None:
+        self.reduced: dict[Tensor, Tensor] = {}
+        """What `reduce_` has kept of gradients, until their parameter steps; empty between two steps."""
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.reduced = {}  # torch copies and pickles groups and states alone
+
     def check_options(self, group: Group) -> None:
         """Raise ValueError if a group's hyper-parameters make no sense."""
         if not group["lr"] >= 0:
@@ -71,6 +80,25 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """Bytes of all state tensors of one parameter with global `shape` and weights of `dtype`."""
         raise NotImplementedError
 
+    def reduces(self, p: Tensor, group: Group) -> bool:
+        """Whether the next step of `p` needs no more of its gradient than `reduce_` keeps."""
+        return False
+
+    def reduce_(self, p: Tensor, group: Group) -> None:
+        """Add what the next step needs of `p.grad` to `reduced[p]`, and free `p.grad`.
+
+        Only where `reduces` says so. Linear in the gradient, so that sums over micro-steps and ranks are exact.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step_one(self, p: Tensor, group: Group) -> None:
+        """Step one parameter of `group` as `step` would, with `p.grad` or `reduced[p]`; without the hooks of `step`."""
+        self._refuse_sparse(group, [p])
+        if p not in self.state:
+            self.state[p] = self.init_state(p, group)
+        self.update([p], group)
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, check its options and make the states of its trainable parameters."""
         super().add_param_group(param_group)
@@ -88,7 +116,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._refuse_sparse(group)
+            self._refuse_sparse(group, group["params"])
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if p not in self.state:  # unfrozen since construction
@@ -147,8 +175,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
                     return names[place] if names else f"parameter {place} of group {index}, shape {tuple(p.shape)}"
         raise KeyError("not a parameter of this optimizer")
 
-    def _refuse_sparse(self, group: Group) -> None:
-        for p in group["params"]:
+    def _refuse_sparse(self, group: Group, params: list[Tensor]) -> None:
+        for p in params:
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(
                     f"{type(self).__name__} needs dense gradients, but that of {self.name_of(p)} is {p.grad.layout}. "

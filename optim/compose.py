@@ -119,8 +119,11 @@ class ComposedOptimizer(MemoryOptimizer):
     def update(self, params: list[Tensor], group: Group) -> None:
         plain, projected = [], []
         for p, name in self._named(params, group):
-            assert p.grad is not None, "update() is given parameters with gradients"
             store = self._store(p, name, group)
+            if p in self.reduced:
+                self._step_reduced(p, self.reduced.pop(p), store, group)
+                continue
+            assert p.grad is not None, "update() is given parameters with gradients"
             if _projected(p.shape, group):
                 projected.append((Stepped(p, p.grad, self.state[p], store), name))
             else:
@@ -144,6 +147,26 @@ class ComposedOptimizer(MemoryOptimizer):
             return False
         LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace.side, group)
         return True
+
+    def reduces(self, p: Tensor, group: Group) -> bool:
+        """Whether the step of `p` is a step on R alone: a linear projection, by a basis that stays this time."""
+        if not _projected(p.shape, group) or not LIFTS[self.lift_of(group)].linear:
+            return False
+        return not Subspace(p.shape, group).due(self.state[p])
+
+    def reduce_(self, p: Tensor, group: Group) -> None:
+        """Add R = project(G), in fp32 at least, to `reduced[p]`; free `p.grad`."""
+        assert p.grad is not None
+        subspace = Subspace(p.shape, group)
+        low = project(p.grad, subspace.basis(self.state[p], state_dtype(p.dtype)), subspace.side)
+        p.grad = None
+        self.reduced[p] = self.reduced[p].add_(low) if p in self.reduced else low
+
+    def _step_reduced(self, p: Tensor, low: Tensor, store: Store, group: Group) -> None:
+        subspace = Subspace(p.shape, group)
+        basis = subspace.basis(self.state[p], state_dtype(p.dtype))
+        item = Stepped(p, low, self.state[p], store)  # a linear way back does not look at the gradient itself
+        LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace.side, group)
 
     def _refresh(self, grad: Tensor, state: State, subspace: Subspace, name: str) -> Tensor | None:
         return subspace.refresh(grad, state, self.rule.moments, name)

@@ -52,6 +52,11 @@ class OptimConfig:
     """How moments are kept: fp32; bf16; int8 (bitsandbytes' code book, blocks of 256); int4 (torchao's, blocks of 128);
     fp8 (E4M3 with COAT's range expansion, groups of 128). Small tensors and vectors stay fp32, as does the math."""
 
+    in_backward: bool = False
+    """Step each parameter, and free its gradient, as soon as backward has completed it: gradients never exist all at
+    once. Over micro-steps they have to add up; of GaLore's matrices only projections do, between two refreshes and
+    without train.clip_by=parameter or previous."""
+
     def problems(self) -> list[str]:
         return finite("lr", self.lr, least=0) + finite("weight_decay", self.weight_decay, least=0)
 

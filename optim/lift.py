@@ -30,9 +30,11 @@ SAFE = 1e-8
 
 @dataclass(frozen=True)
 class Lift:
-    """A way back; `limited` ones keep the norm of the last update in `growth`."""
+    """A way back; `limited` ones keep the norm of the last update in `growth`, `linear` ones need of the gradient what
+    its projection holds."""
 
     limited: bool = False
+    linear: bool = True
 
     def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, side: Side, group: Group) -> None:
         """Step one matrix in place."""
@@ -48,6 +50,7 @@ class Scaled(Lift):
     per_channel: bool = True
     residual: bool = False
     limited: bool = True
+    linear: bool = False
 
     def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, side: Side, group: Group) -> None:
         lr, decay, authors = _rates(group)

@@ -7,6 +7,7 @@ arXiv:2404.06395, with the linear decay of Hagele et al. 2024, arXiv:2405.18392.
 """
 
 import math
+from typing import Any
 
 from optim.config import ScheduleConfig, ScheduleName
 
@@ -41,3 +42,9 @@ def _length(value: float, steps: int) -> int:
 def _progress(step: int, start: int, steps: int) -> float:
     """Share of the way from step `start` (0) to the last step (1)."""
     return max(step - start, 0) / max(steps - 1 - start, 1)
+
+
+def scale_rates(optimizer: Any, multiplier: float) -> None:
+    """Let the next step take `multiplier` times each group's own learning rate, which it has when first seen here."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * multiplier

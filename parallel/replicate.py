@@ -42,3 +42,12 @@ def replicate(model: nn.Module, world: World, cfg: ParallelConfig) -> nn.Module:
     )
     wrapped.register_comm_hook(world.gradients, sum_gradients)
     return wrapped
+
+
+def same_weights(model: nn.Module, world: World) -> nn.Module:
+    """Give every rank rank 0's weights, and leave the sums of gradients to others. Returns the model itself."""
+    parameters = list(model.parameters())
+    if world.process_count > 1 and not isinstance(parameters[0], FakeTensor):
+        for parameter in parameters:
+            dist.broadcast(parameter.data, group=world.gradients, group_src=0)
+    return model

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from offload.config import Fate
 from optim import registry
+from optim.in_backward import InBackward
 from parallel.launch import World
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
@@ -36,6 +37,8 @@ class Trainable:
     """The transformers model itself, never a wrapper."""
     optimizer: Optimizer
     engine: Engine
+    in_backward: InBackward | None
+    """What steps the weights while backward runs, instead of the engine."""
     meter: MemoryMeter
 
 
@@ -78,9 +81,25 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
-    engine: Engine = TorchEngine(model, optimizer, world, cfg.parallel)
-    meter = MemoryMeter(model, optimizer, world.device)
-    return Trainable(cfg=cfg, world=world, model=model, optimizer=optimizer, engine=engine, meter=meter)
+    engine = make_engine(cfg, world, model, optimizer)
+    in_backward = None
+    if cfg.optim.in_backward:
+        clip_by = cfg.train.clip_by.value
+        in_backward = InBackward(optimizer, world, clip_norm=cfg.train.clip_norm, clip_by=clip_by)
+    return Trainable(
+        cfg=cfg,
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        engine=engine,
+        in_backward=in_backward,
+        meter=MemoryMeter(model, optimizer, world.device),
+    )
+
+
+def make_engine(cfg: Config, world: World, model: nn.Module, optimizer: Optimizer) -> Engine:
+    """Put the configured engine around model and optimizer."""
+    return TorchEngine(model, optimizer, world, cfg.parallel, in_backward=cfg.optim.in_backward)
 
 
 def build(cfg: Config, world: World) -> Built:

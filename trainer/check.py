@@ -24,7 +24,8 @@ def problems(cfg: Config) -> list[str]:
         section = getattr(cfg, entry.name)
         if is_dataclass(section):
             found += section_problems(f"{entry.name}.", section)
-    return found + model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg) + attention_problems(cfg)
+    found += model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg)
+    return found + attention_problems(cfg) + clip_problems(cfg)
 
 
 def section_problems(prefix: str, section: object) -> list[str]:
@@ -79,12 +80,17 @@ def attention_problems(cfg: Config) -> list[str]:
 def start_problems(cfg: Config) -> list[str]:
     """Check what concerns the start of a run: batches over ranks, the run folder, resuming, schedule, tracker."""
     return [
-        *batch_problems(cfg, int(os.environ.get("WORLD_SIZE", "1"))),
+        *rank_count_problems(cfg, int(os.environ.get("WORLD_SIZE", "1"))),
         *schedule_problems(cfg),
         *folder_problems(cfg),
         *resume_problems(cfg),
         *track_problems(cfg.track),
     ]
+
+
+def rank_count_problems(cfg: Config, ranks: int) -> list[str]:
+    """Check what depends on the number of ranks."""
+    return batch_problems(cfg, ranks) or two_pass_problems(cfg, ranks)
 
 
 def batch_problems(cfg: Config, ranks: int) -> list[str]:
@@ -101,6 +107,35 @@ def batch_problems(cfg: Config, ranks: int) -> list[str]:
         f"train.global_batch={batch}: does not split into train.micro_batch={micro}{over} = {unit} sequences; "
         f"use train.global_batch={' or '.join(map(str, nearest))}"
         + (f", or train.micro_batch={' or '.join(map(str, near))}" if near else "")
+    ]
+
+
+def clip_problems(cfg: Config) -> list[str]:
+    """Each way of clipping fits one moment of update, `parameter` both."""
+    asked, in_backward = cfg.train.clip_by.value, cfg.optim.in_backward
+    if cfg.train.clip_norm > 0 and in_backward and asked == "global":
+        return [
+            f"optim.in_backward=true: steps before the norm of all gradients is known, which train.clip_by=global with "
+            f"train.clip_norm={cfg.train.clip_norm:g} needs; use train.clip_by=parameter, previous or two_pass (the "
+            "same result at twice the work), or train.clip_norm=0"
+        ]
+    if not in_backward and asked in ("previous", "two_pass"):
+        return [
+            f"train.clip_by={asked}: is for optim.in_backward=true; the ordinary update knows the norm in time: use "
+            "train.clip_by=global"
+        ]
+    return []
+
+
+def two_pass_problems(cfg: Config, ranks: int) -> list[str]:
+    """The norm of gradients that add up needs them all at once."""
+    micro_steps = cfg.train.global_batch // (cfg.train.micro_batch * ranks)
+    if cfg.train.clip_by.value != "two_pass" or micro_steps == 1:
+        return []
+    return [
+        f"train.clip_by=two_pass: with {micro_steps} micro-steps the norm is that of sums that all have to be kept, so "
+        f"nothing is saved; use train.micro_batch={cfg.train.micro_batch * micro_steps}, train.clip_by=parameter or "
+        "previous, or the same result from optim.in_backward=false train.clip_by=global"
     ]
 
 

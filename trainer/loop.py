@@ -175,10 +175,7 @@ def note_skip(run: Run, stepped: Stepped) -> None:
     run.skipped += 1
     run.skipped_in_a_row += 1
     limit = run.built.cfg.train.max_skipped
-    run.recorder.warn(
-        f"step {run.step} skipped on all ranks: loss or gradient not finite (gradient norm {stepped.norm}); "
-        f"{run.skipped_in_a_row} in a row, the limit is {limit}"
-    )
+    run.recorder.warn(f"{skipped_text(run.step, stepped)}; {run.skipped_in_a_row} in a row, the limit is {limit}")
     if run.skipped_in_a_row >= limit:
         last = (
             f"the last good checkpoint is step {run.saved_step}" if run.saved_step else "no checkpoint was written yet"
@@ -187,6 +184,15 @@ def note_skip(run: Run, stepped: Stepped) -> None:
             f"{run.skipped_in_a_row} steps in a row up to step {run.step} had a non-finite loss or gradient "
             f"(train.max_skipped={limit}); {last}. Lower optim.lr, lengthen schedule.warmup, or set train.clip_norm."
         )
+
+
+def skipped_text(step: int, stepped: Stepped) -> str:
+    """Say what of a step was left out."""
+    if not stepped.left_out:
+        norm = "" if stepped.norm is None else f" (gradient norm {stepped.norm})"
+        return f"step {step} skipped on all ranks: loss or gradient not finite{norm}"
+    some = ", ".join(stepped.left_out[:3]) + (", ..." if len(stepped.left_out) > 3 else "")
+    return f"step {step} left out {len(stepped.left_out)} parameters on all ranks: gradients not finite ({some})"
 
 
 @contextmanager

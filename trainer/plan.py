@@ -34,12 +34,11 @@ from offload.config import Fate
 from optim import registry
 from parallel.launch import World
 from parallel.pretended import PretendedGroup
-from trainer.build import Trainable, make_trainable
+from trainer.build import Trainable, make_engine, make_trainable
 from trainer.data.batch import Batch, StepBatch
 from trainer.data.files import local_path
 from trainer.data.hub import go_offline
 from trainer.data.tokenizer import load_tokenizer, vocabulary_size
-from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.memory import MemoryMeter, Peak, Timeline
 from trainer.model import build_model, check_length, check_vocabulary, first_line, model_config, parameter_count
@@ -98,7 +97,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
             first = count(trainable, 0)
             # Real DDP makes its buckets anew, in the order gradients came, before its second step. It cannot do so
             # here, where it would tell other ranks; made anew with the engine, they are as large.
-            trainable = replace(trainable, engine=TorchEngine(model, trainable.optimizer, world, cfg.parallel))
+            trainable = replace(trainable, engine=make_engine(cfg, world, model, trainable.optimizer))
             steady = count(trainable, 1)
         except RuntimeError as error:  # of torch: the size of a result depends on values, or nobody has written it down
             raise UserError(

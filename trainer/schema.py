@@ -35,6 +35,10 @@ class Attention(Enum):
     flash_attention_2 = "flash_attention_2"
 
 
+ClipBy = Enum("ClipBy", {"global": "global", "parameter": "parameter", "previous": "previous", "two_pass": "two_pass"})
+"""Whose norm decides how far a gradient is scaled down."""
+
+
 class Initial(Enum):
     """Where the first weights come from."""
 
@@ -130,7 +134,11 @@ class TrainConfig:
     micro_batch: int = 4
     """Sequences per rank and micro-step; what is missing to the global batch is accumulated."""
     clip_norm: float = 1.0
-    """Largest global gradient norm; larger gradients are scaled down. 0: no clipping."""
+    """Largest gradient norm; larger gradients are scaled down. 0: no clipping."""
+    clip_by: ClipBy = ClipBy["global"]
+    """Whose norm: `global`, of all gradients together; `parameter`, of each by itself. With optim.in_backward the
+    global norm is not known in time: `previous` takes that of the step before (the first step: `parameter`), `two_pass`
+    runs forward and backward once to find it and once to update."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl and on the display."""
     eval_every: int = 50
@@ -146,6 +154,11 @@ class TrainConfig:
         )
         if not self.clip_norm >= 0:
             found.append(f"train.clip_norm={self.clip_norm}: must be at least 0; 0 switches clipping off, 1.0 is usual")
+        if self.clip_norm == 0 and self.clip_by is not TrainConfig.clip_by:
+            found.append(
+                f"train.clip_by={self.clip_by.value}: has no effect with train.clip_norm=0, which does not clip; "
+                "give a norm, such as train.clip_norm=1"
+            )
         if not self.resume.strip():
             found.append("train.resume='': is empty; use auto, never, or the path of a checkpoint")
         return found

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from optim.schedule import multiplier
+from optim.base import read
+from optim.in_backward import InBackward
+from optim.schedule import multiplier, scale_rates
 from parallel.collectives import any_rank
 from trainer.build import Trainable
 from trainer.data.batch import Batch, StepBatch
 from trainer.loss import token_loss_sum
 from trainer.precision import autocast
+from trainer.schema import ClipBy
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Stepped:
 
     loss: Tensor
     """This rank's share of the loss, fp32 or fp64 on the device: summed over ranks, the mean over targets."""
-    norm: float
-    """Global gradient norm before clipping."""
+    norm: float | None
+    """Global gradient norm before clipping; None where an update in backward has seen only projections of some."""
     applied: bool
-    """False where a non-finite loss or gradient on any rank made all ranks skip the update."""
+    """False where a non-finite loss or gradient on any rank made all ranks skip the update, or parts of it."""
     stop: int
     """The signal any rank received, 0 without one."""
+    left_out: tuple[str, ...] = ()
+    """Parameters that an update in backward left out, as their gradients were not finite, while others stepped."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -39,21 +44,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(ids, labels, positions)
 
 
-def micro_step(built: Trainable, batch: Batch, targets: int, last: bool) -> Tensor:
-    """Forward and backward of one micro-batch; returns its share of the step's loss."""
-    meter = built.meter
-    with built.engine.accumulating(last):
-        with meter.phase("forward"):
-            with autocast(built.cfg.precision, built.world.device):
-                # no attention_mask and no cache: transformers then keeps packed documents apart by their positions
-                logits = built.engine.model(
-                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-                ).logits
-            loss = token_loss_sum(logits, batch.labels) / targets
-        del logits  # else the logits of the forward would outlive their use in backward
-        with meter.phase("backward"):
-            built.engine.backward(loss)
-    return loss.detach()
+def forward(built: Trainable, batch: Batch, targets: int) -> Tensor:
+    """Return a micro-batch's share of the step's loss."""
+    with built.meter.phase("forward"):
+        with autocast(built.cfg.precision, built.world.device):
+            # no attention_mask and no cache: transformers then keeps packed documents apart by their positions
+            logits = built.engine.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).logits
+        return token_loss_sum(logits, batch.labels) / targets
+
+
+def backward(built: Trainable, loss: Tensor) -> None:
+    with built.meter.phase("backward"):
+        built.engine.backward(loss)
 
 
 def read_both(norm: Tensor, loss: Tensor, usual: tuple[float, float]) -> tuple[float, float]:
@@ -74,22 +78,73 @@ def train_step(built: Trainable, batch: StepBatch, step: int, stop: int) -> Step
     Args:
         stop: signal this rank has received; every rank learns of it in the same step.
     """
+    if built.in_backward is not None:
+        return step_in_backward(built, built.in_backward, batch, step, stop)
+    return step_at_once(built, batch, step, stop)
+
+
+def step_at_once(built: Trainable, batch: StepBatch, step: int, stop: int) -> Stepped:
+    """Make all gradients, decide, update."""
     cfg, engine, meter = built.cfg, built.engine, built.meter
     targets = max(batch.targets, 1)
     total = torch.zeros((), device=built.world.device)
     for index, micro in enumerate(batch.micros):
-        moved = to_device(micro, built.world.device)
-        total = total + micro_step(built, moved, targets, last=index == len(batch.micros) - 1)
+        with engine.accumulating(last=index == len(batch.micros) - 1):
+            loss = forward(built, to_device(micro, built.world.device), targets)
+            backward(built, loss)
+        total = total + loss.detach()
     with meter.phase("clip"):
         norm = engine.gradient_norm()
         # The one device-to-host read of a step: the weights must not change before the numbers are known to be sound.
         norm_value, loss_value = read_both(norm.to(total.dtype), total, usual=(2 * cfg.train.clip_norm, 1.0))
         unsound = not (math.isfinite(norm_value) and math.isfinite(loss_value))
         unsound_anywhere, stop = any_rank(built.world, int(unsound), stop)
-        if not unsound_anywhere and 0 < cfg.train.clip_norm < norm_value:
-            engine.clip(cfg.train.clip_norm, norm)
+        if not unsound_anywhere and 0 < cfg.train.clip_norm < norm_value:  # which no single norm exceeds
+            if cfg.train.clip_by is ClipBy["parameter"]:
+                engine.clip_each(cfg.train.clip_norm)
+            else:
+                engine.clip(cfg.train.clip_norm, norm)
     if not unsound_anywhere:
         with meter.phase("step"):
             engine.update(multiplier(cfg.schedule, step, cfg.train.steps))
     engine.clear_gradients()
     return Stepped(total, norm_value, not unsound_anywhere, stop)
+
+
+def step_in_backward(built: Trainable, updates: InBackward, batch: StepBatch, step: int, stop: int) -> Stepped:
+    """Update while backward runs (`optim/in_backward.py`). What can be known is decided before the last backward.
+
+    A loss that is not finite on any rank leaves the whole step out, and so does, with `two_pass`, a gradient that is
+    not finite. Otherwise such a gradient is found when others have stepped already: it alone is left out, and named.
+    """
+    cfg, device = built.cfg, built.world.device
+    targets = max(batch.targets, 1)
+    total = torch.zeros((), device=device)
+    for micro in batch.micros[:-1]:
+        loss = forward(built, to_device(micro, device), targets)
+        with updates.keep():
+            backward(built, loss)
+        total = total + loss.detach()
+    last = to_device(batch.micros[-1], device)
+    measured = measured_norm(built, updates, last, targets) if cfg.train.clip_by is ClipBy["two_pass"] else None
+    loss = forward(built, last, targets)
+    total = total + loss.detach()
+    unsound = not (math.isfinite(measured or 0.0) and math.isfinite(read(total, usual=1.0)))
+    unsound_anywhere, stop = any_rank(built.world, int(unsound), stop)
+    if unsound_anywhere:
+        updates.drop()
+        return Stepped(total, measured, False, stop)
+    scale_rates(built.optimizer, multiplier(cfg.schedule, step, cfg.train.steps))
+    with updates.update() as found:
+        backward(built, loss)
+    norm = found.norm if measured is None else measured
+    return Stepped(total, norm, not found.left_out, stop, tuple(found.left_out))
+
+
+def measured_norm(built: Trainable, updates: InBackward, batch: Batch, targets: int) -> float:
+    """Run forward and backward for the global norm of the gradients alone. Random numbers are drawn again later."""
+    device = built.world.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), updates.measure() as found:
+        backward(built, forward(built, batch, targets))
+    assert found.norm is not None, "a measuring pass sees whole gradients"
+    return found.norm

@@ -75,7 +75,7 @@ def load(overrides: list[str], ranks: int) -> Config:
     composed = compose(overrides, found)
     cfg = None if composed is None else as_object(composed, found)
     if cfg is not None:
-        conclude(found, [*check.problems(cfg), *check.batch_problems(cfg, ranks), *check.schedule_problems(cfg)])
+        conclude(found, [*check.problems(cfg), *check.rank_count_problems(cfg, ranks), *check.schedule_problems(cfg)])
     if found.problems or cfg is None:
         raise UserError(message(found.problems))
     return cfg

@@ -33,6 +33,10 @@ class Engine(Protocol):
         """Scale all gradients down to `max_norm`, given their `norm`."""
         ...
 
+    def clip_each(self, max_norm: float) -> None:
+        """Scale each gradient down to `max_norm` by its own norm."""
+        ...
+
     def update(self, multiplier: float) -> None:
         """Step the weights at `multiplier` times each group's own learning rate."""
         ...

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from optim.schedule import scale_rates
 from parallel.config import ParallelConfig
 from parallel.launch import World
-from parallel.replicate import replicate
+from parallel.replicate import replicate, same_weights
 from trainer.engines.base import Numbers
 from trainer.state import model_tensors, optimizer_numbers, optimizer_tensors, parameter_names, set_numbers
 
@@ -19,15 +20,18 @@ class TorchEngine:
     """Forward, backward and update of one rank; gradients are sums over all ranks and micro-steps.
 
     The loop divides each loss by the global target count beforehand, so no engine may average.
+
+    Args:
+        in_backward: gradients are summed and stepped by hooks (`optim.in_backward`).
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, world: World, cfg: ParallelConfig) -> None:
-        self.model = replicate(model, world, cfg)
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, world: World, cfg: ParallelConfig, *, in_backward: bool = False
+    ) -> None:
+        self.model = same_weights(model, world) if in_backward else replicate(model, world, cfg)
         self.optimizer = optimizer
         self._owner = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Return the context of one micro-step; only the `last` of a step exchanges gradients."""
@@ -47,10 +51,16 @@ class TorchEngine:
         """Scale all gradients down to `max_norm`, given their `norm`."""
         torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
 
+    def clip_each(self, max_norm: float) -> None:
+        """Scale each gradient down to `max_norm` by its own norm."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                own = torch.nn.utils.get_total_norm([parameter.grad])
+                torch.nn.utils.clip_grads_with_norm_(parameter, max_norm, own)
+
     def update(self, multiplier: float) -> None:
         """Step the weights at `multiplier` times each group's own learning rate."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
+        scale_rates(self.optimizer, multiplier)
         self.optimizer.step()
 
     def clear_gradients(self) -> None:
