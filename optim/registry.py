@@ -81,6 +81,13 @@ def state_bytes(
 
     Give a tied parameter once. Raises as `build` does.
     """
+    return sum(state_bytes_each(cfg, named_shapes, dtype))
+
+
+def state_bytes_each(
+    cfg: OptimConfig, named_shapes: Iterable[tuple[str, Sequence[int]]], dtype: "torch.dtype | None" = None
+) -> list[int]:
+    """`state_bytes` parameter by parameter."""
     import torch
 
     from optim.groups import assign, options, settle
@@ -89,10 +96,10 @@ def state_bytes(
     shapes = list(named_shapes)
     cfg = settle(cfg, shapes)
     labels = assign(shapes, cfg.rules())
-    return sum(
+    return [
         cls.state_bytes(shape, options(cfg, label), dtype or torch.float32)
         for (_, shape), label in zip(shapes, labels, strict=True)
-    )
+    ]
 
 
 def _optimizer_class(name: str) -> "type[Any]":

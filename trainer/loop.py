@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from optim.describe import subspaces
 from optim.schedule import multiplier
 from parallel.collectives import sum_over_ranks
 from trainer.build import Built
@@ -40,6 +41,8 @@ class Run:
     first_evaluation: float | None = None
     evaluation: Evaluation | None = None
     saved_step: int | None = None
+    subspaces: dict[str, Any] | None = None
+    """How well the optimizer's subspaces fit at their newest refreshes, as last written."""
     timelines: dict[str, Timeline] = field(default_factory=dict)
     """Exact memory countings: `first` step of the process (with whatever it sets up) and the last `steady` one."""
 
@@ -110,9 +113,16 @@ def log(run: Run, stepped: Stepped) -> None:
             "seconds": run.throughput.seconds,
             "memory": memory_now(run),
             "skipped": run.skipped or None,
+            "subspace": new_subspaces(run),
         },
         eta=run.throughput.eta,
     )
+
+
+def new_subspaces(run: Run) -> dict[str, Any] | None:
+    """Return how well the subspaces fit, if one was refreshed since this was last written."""
+    before, run.subspaces = run.subspaces, subspaces(run.built.optimizer)
+    return None if run.subspaces == before else run.subspaces
 
 
 def measure(run: Run) -> None:

@@ -13,9 +13,7 @@ from torch import nn
 from trainer.errors import UserError
 from trainer.precision import torch_dtype, widen
 from trainer.schema import Dtype, Initial, ModelConfig
-
-ROUND_VOCABULARY = 8
-"""A vocabulary is rounded up to a multiple of this, so that rows of logits stay aligned for the kernels."""
+from trainer.sizes import ROUND_VOCABULARY
 
 
 def model_config(

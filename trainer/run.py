@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from offload.config import Fate
+from optim.describe import uncoded
 from parallel.collectives import gather_objects
 from parallel.launch import World, connected
 from trainer.build import Built, build
@@ -18,7 +19,7 @@ from trainer.environment import environment
 from trainer.errors import TrainingStopped, UserError
 from trainer.folder import differences, identity, open_folder, plain, save_config
 from trainer.loop import Run, save, train
-from trainer.memory import by_kind_line
+from trainer.memory import by_kind_line, format_bytes
 from trainer.metrics import Throughput
 from trainer.model import first_line
 from trainer.recorder import Recorder
@@ -65,6 +66,7 @@ def run(cfg: Config) -> Result:
             )
         )
         training = begin(built, store, recorder, stop, checkpoint)
+        tell_uncoded(built, recorder)
         try:
             train(training)
         except (Interrupted, TrainingStopped) as ended:
@@ -77,6 +79,16 @@ def run(cfg: Config) -> Result:
             raise TrainingStopped(out_of_memory(training, error)) from error
         save(training, last=True)
         return Result(folder.path, finish(training, folder, recorder))
+
+
+def tell_uncoded(built: Built, recorder: Recorder) -> None:
+    """Say once how many parameters a low-bit optimizer keeps in full precision, and what that takes."""
+    count, total, held = uncoded(built.optimizer)
+    if count:
+        recorder.notice(
+            f"{count} of {total} parameters keep their states in full precision (vectors, small and odd shapes): "
+            f"{format_bytes(held)}"
+        )
 
 
 def agree_on_config(cfg: Config, world: World) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from optim import registry
 from optim.config import AdamWConfig
+from optim.describe import subspaces
 from trainer.build import Built
 from trainer.display.plots import plot_loss, plot_memory
 from trainer.display.progress import RunInfo
@@ -84,6 +85,8 @@ def figures(run: Run) -> dict[str, Any]:
             "eval_perplexity_authors": run.evaluation.authors_perplexity,
             "eval_targets": run.evaluation.targets,
         }
+    if fit := subspaces(run.built.optimizer):
+        found["subspace"] = fit
     if run.timelines:
         peak = highest_peak(run)
         found |= {"memory": peak.by_kind, "memory_peak": peak.total, "memory_peak_phase": peak.phase}
@@ -114,6 +117,7 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
         perplexity=summary.get("eval_perplexity"),
         authors_perplexity=summary.get("eval_perplexity_authors"),
         skipped=run.skipped,
+        subspace=summary.get("subspace"),
         written={
             "run folder": folder.path,
             "loss plot": folder.plots / "loss.png",

@@ -15,14 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from trainer.check_model import is_read
 from trainer.cli import store
-from trainer.cli.compose import compose, message
+from trainer.cli.compose import compose, load, message
 from trainer.cli.docs import choice_docs, option_docs
 from trainer.cli.overrides import Findings, hints
 from trainer.cli.packages import version
 from trainer.errors import UserError
 from trainer.schema import Config, shown
+from trainer.sizes import llama_shapes, vocabulary_of
 
 WIDTH = 100
 """Columns, on a wider terminal and in a pipe too."""
@@ -51,6 +54,8 @@ def print_train_help(overrides: list[str]) -> None:
     console = make_console()
     with console.capture() as capture:
         print_help(console, cfg, chosen(overrides))
+        if any(override.startswith("optim=") for override in overrides):  # torch takes a second to import
+            print_state_bytes(console, overrides)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
@@ -65,6 +70,33 @@ def print_help(console: Console, cfg: DictConfig, choices: dict[str, str]) -> No
         console.print(*([""] if number else []), table, sep="\n")
     heading(console, "Examples")
     console.print("\n".join(f"  {escape(line)}" for line in EXAMPLES.splitlines()))
+
+
+def print_state_bytes(console: Console, overrides: list[str]) -> None:
+    """Print what each optimizer's states take for the model as configured, the chosen one's with its options.
+
+    Only for a model given by its sizes: `stowage plan` reads the files of others.
+    """
+    cfg = load(overrides)
+    vocabulary = vocabulary_of(cfg.model, cfg.data.tokenizer)
+    if is_read(cfg.model) or vocabulary is None:
+        return
+    from optim import registry
+    from trainer.display.report import ratio_text
+    from trainer.memory import format_bytes
+    from trainer.precision import torch_dtype
+
+    shapes = llama_shapes(cfg.model, vocabulary)
+    configs = {name: registry.config_class(name)() for name in registry.names()} | {cfg.optim.name: cfg.optim}
+    sizes = {
+        name: registry.state_bytes(own, shapes, torch_dtype(cfg.precision.weights)) for name, own in configs.items()
+    }
+    heading(console, "Bytes of optimizer states", f"for {cfg.model.name}; others than the chosen one at their defaults")
+    table = grid(24, 10, 6)
+    for name, size in sorted(sizes.items(), key=lambda item: item[1]):
+        mark = "*" if name == cfg.optim.name else " "
+        table.add_row(f"{mark} {name}", Text(format_bytes(size), justify="right"), ratio_text(size, sizes["adamw"]), "")
+    console.print(table)
 
 
 def make_console() -> Console:

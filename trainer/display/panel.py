@@ -4,7 +4,7 @@
     │ llama_tiny (3.42M parameters) · galore · 1 process on cpu · fp32                   │
     │ ▇▆▅▄▃▃▂▂▁▁▁▁                                            the loss over the bar      │
     │ ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  120/300  40%  0:32 gone, 0:48 left    │
-    │ loss, held-out loss, perplexity, learning rate, gradient norm, tokens/s            │
+    │ loss, held-out loss, perplexity, learning rate, gradient norm, tokens/s, captured  │
     │ bytes by kind as one bar, and its legend                                           │
     ╰─────────────────────────────────────────────────────── evaluating held-out text ───╯
 
@@ -106,6 +106,8 @@ def _numbers(view: View) -> RenderableType:
         ("grad norm", Text(number_text(record.get("grad_norm"), ".3g"))),
         ("tokens/s", Text(number_text(record.get("tokens_per_second"), ",.0f"))),
     ]
+    if subspace := record.get("subspace"):
+        cells.append(("captured", Text(f"{100 * subspace['captured']['median']:.0f}%")))
     return _columns([Text(name, "dim") for name, _ in cells], [value for _, value in cells])
 
 

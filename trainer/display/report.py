@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -63,6 +64,8 @@ class Outcome:
     authors_perplexity: float | None = None
     """As the low-rank papers' evaluators would have printed it."""
     skipped: int = 0
+    subspace: Mapping[str, Any] | None = None
+    """How well the optimizer's subspaces fit, as in metrics.jsonl."""
     written: Mapping[str, Path] = field(default_factory=dict)
     """What was written where, most asked for first."""
 
@@ -165,7 +168,17 @@ def _results(outcome: Outcome) -> Table:
         rows.add_row("perplexity", exact, "exact: every held-out token weighs the same")
     if outcome.authors_perplexity is not None:
         rows.add_row("", f"{perplexity_text(outcome.authors_perplexity)} *", "as the papers' evaluators print it")
+    if outcome.subspace is not None:
+        rows.add_row("subspaces", *subspace_texts(outcome.subspace))
     return rows
+
+
+def subspace_texts(subspace: Mapping[str, Any]) -> tuple[str, str]:
+    """`captured 61%`, and the rest of what there is to say, medians over matrices at their newest refresh."""
+    captured, overlap = subspace["captured"], subspace.get("overlap")
+    least = f"of a gradient's energy (median; least {100 * captured['min']:.0f}%)"
+    turned = f"; {100 * overlap['median']:.0f}% of the basis before" if overlap else ""
+    return f"{100 * captured['median']:.0f}%", least + turned
 
 
 def _written(written: Mapping[str, Path]) -> Text:
