@@ -101,6 +101,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, check its options and make the states of its trainable parameters."""
+        self._refuse_repeated(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self.check_options(group)
@@ -174,6 +175,23 @@ class MemoryOptimizer(torch.optim.Optimizer):
                     names = group.get("param_names")
                     return names[place] if names else f"parameter {place} of group {index}, shape {tuple(p.shape)}"
         raise KeyError("not a parameter of this optimizer")
+
+    def _refuse_repeated(self, param_group: Group) -> None:
+        """torch refuses too, but says neither which nor what to do."""
+        given = param_group["params"]
+        if isinstance(given, Tensor):
+            return
+        param_group["params"] = given = list(given)  # a generator is read once
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
+        held = {id(p): p for group in self.param_groups for p in group["params"]}
+        seen: set[int] = set()
+        for place, p in enumerate(tensors):
+            if id(p) in held:
+                raise ValueError(f"{self.name_of(held[id(p)])} is in two groups; leave it out of one")
+            if id(p) in seen:
+                where = f"parameter {place} of group {len(self.param_groups)}, shape {tuple(p.shape)}"
+                raise ValueError(f"{where}, is there twice; leave one out")
+            seen.add(id(p))
 
     def _refuse_sparse(self, group: Group, params: list[Tensor]) -> None:
         for p in params:
