@@ -1,14 +1,34 @@
 """What happens to saved activations, and which bytes leave the device."""
 
-from dataclasses import dataclass
+import re
+import tempfile
+from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 
 class Fate(Enum):
-    """What becomes of a block's saved activations."""
+    """What becomes of the tensors that a block saves for backward."""
 
     keep = "keep"
     recompute = "recompute"
+    selective = "selective"
+    host = "host"
+    disk = "disk"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+MOVED = (Fate.host, Fate.disk)
+COMPRESSED = (Fate.int8, Fate.fp8)
+EXACT = (Fate.keep, Fate.recompute, Fate.selective, *MOVED)
+
+
+class WhenFull(Enum):
+    """What to do with an activation that its tier has no room for."""
+
+    keep = "keep"
+    stop = "stop"
 
 
 class StatePlace(Enum):
@@ -17,13 +37,146 @@ class StatePlace(Enum):
     none = "none"
 
 
+@dataclass(frozen=True)
+class Rule:
+    """One line of `activations.rules`, taken apart."""
+
+    text: str
+    module: str | None
+    """Regular expression searched in the full name of the module that saves; None: any."""
+    operator: str | None
+    """Name of the function that saves, such as `silu`; None: any."""
+    fate: Fate
+
+
+def parse_rule(text: str) -> Rule:
+    """Take `PATTERN -> FATE` apart, where PATTERN is `MODULE`, `OPERATOR()` or `MODULE OPERATOR()`.
+
+    Raises:
+        ValueError: says what is wrong with it, and what to do.
+    """
+    pattern, arrow, name = (part.strip() for part in text.rpartition("->"))
+    if not arrow or not pattern:
+        raise ValueError("is not of the form 'PATTERN -> FATE'; write for example 'mlp -> host' or 'silu() -> int8'")
+    if name not in Fate.__members__ or name == Fate.selective.name:
+        fates = ", ".join(fate.name for fate in Fate if fate is not Fate.selective)
+        raise ValueError(f"{name or 'nothing'} is no fate of a rule; use one of {fates}")
+    found = re.fullmatch(r"(?:(?P<module>.*)\s)?(?P<operator>\w+)\(\)", pattern)
+    module, operator = (found["module"], found["operator"]) if found else (pattern, None)
+    try:
+        re.compile(module or "")
+    except re.error as error:
+        raise ValueError(f"{module} is no regular expression ({error}); write . and () with care") from error
+    return Rule(text, module or None, operator, Fate[name])
+
+
 @dataclass(kw_only=True)
 class ActivationsConfig:
     fate: Fate = Fate.keep
-    """`keep`: as autograd saves them. `recompute`: each block keeps its input and runs again in backward."""
+    """Set by `activations=...`. What becomes of what a block saves for backward, where no rule says otherwise. `keep`:
+    as autograd keeps it. `recompute`: each block keeps its input and runs again in backward. `selective`: the same, but
+    attention and every second matrix product keep their results. `host`, `disk`: moved there during forward and
+    fetched back ahead of backward. `int8`, `fp8`: kept as 8-bit codes with a scale for each group of neighbours."""
+    rules: list[str] = field(default_factory=list)
+    """What becomes of some of it: the first rule that matches wins. 'PATTERN -> FATE', where PATTERN is a regular
+    expression searched in the names of modules ('layers.0.mlp -> keep'), the function that saves ('silu() -> int8'), or
+    both ('mlp linear() -> host')."""
+    inputs: Fate = Fate.keep
+    """What becomes of the inputs of recomputed blocks: keep, host, disk, int8 or fp8."""
+    keep_last: int = 1
+    """The last blocks, whose backward comes at once, keep what they save: nothing would be gained by moving it."""
+    min_bytes: int = 65536
+    """Smaller storages stay as they are: moving each would cost more than it frees."""
+    host_gib: float | None = None
+    """GiB of host memory (pinned beside CUDA) that activations of one rank may take; default: no limit."""
+    disk_gib: float | None = None
+    """GiB of files that activations of one rank may take; default: what the disk has."""
+    disk_dir: str | None = None
+    """Folder on the disk that takes them, best a local SSD; default: the system's folder for temporary files. The files
+    have no names, so nothing of them is left however the run ends."""
+    when_full: WhenFull = WhenFull.keep
+    """What to do when a tier is full or fails to take an activation: `keep` it on the device, or `stop` the run."""
+    tile_mlp: int = 1
+    """Pieces along the tokens that each MLP runs in, one after the other and again in backward; 1: whole. Exact."""
 
     def problems(self) -> list[str]:
-        return []
+        return [*self._number_problems(), *self._rule_problems(), *self._tier_problems()]
+
+    def parsed(self) -> list[Rule]:
+        """`rules`, taken apart."""
+        return [parse_rule(rule) for rule in self.rules]
+
+    def fates(self) -> set[Fate]:
+        """Every fate that something may meet."""
+        return {self.fate, self.inputs, *(rule.fate for rule in self.parsed())}
+
+    def folder(self) -> Path:
+        """Where the disk tier's files are made."""
+        return Path(self.disk_dir or tempfile.gettempdir())
+
+    def _number_problems(self) -> list[str]:
+        found = [
+            f"activations.{name}={value}: must be at least {least}; use activations.{name}={least} or more"
+            for name, least in {"keep_last": 0, "min_bytes": 0, "tile_mlp": 1}.items()
+            if (value := getattr(self, name)) < least
+        ]
+        for name in ("host_gib", "disk_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                found.append(f"activations.{name}={value}: must be above 0; null sets no limit")
+        return found
+
+    def _rule_problems(self) -> list[str]:
+        found = []
+        for text in self.rules:
+            try:
+                rule = parse_rule(text)
+            except ValueError as error:
+                found.append(f"activations.rules='{text}': {error}")
+                continue
+            if rule.operator and rule.fate is Fate.recompute:
+                found.append(
+                    f"activations.rules='{text}': one operator cannot run again by itself; recompute its module "
+                    "('mlp -> recompute'), and name in rules before it what that keeps ('linear() -> keep')"
+                )
+        return found
+
+    def _tier_problems(self) -> list[str]:
+        """A limit or a folder for a tier that nothing goes to would be ignored."""
+        found = []
+        try:
+            fates = self.fates()
+        except ValueError:
+            return []
+        if self.inputs in (Fate.recompute, Fate.selective):
+            found.append(
+                f"activations.inputs={self.inputs.value}: what a block is given cannot be recomputed; "
+                "use keep, host, disk, int8 or fp8"
+            )
+        elif self.inputs is not Fate.keep and not fates & {Fate.recompute, Fate.selective}:
+            found.append(
+                f"activations.inputs={self.inputs.value}: has no effect, as nothing is recomputed; "
+                "use it with activations=recompute or activations=selective"
+            )
+        elsewhere, codes = bool(fates & set(MOVED)), bool(fates & set(COMPRESSED))
+        for option, used in {"keep_last": elsewhere, "when_full": elsewhere, "min_bytes": elsewhere or codes}.items():
+            value = getattr(self, option)
+            if value != getattr(ActivationsConfig, option) and not used:
+                shown = value.value if isinstance(value, Enum) else value
+                found.append(
+                    f"activations.{option}={shown}: has no effect, as nothing is moved"
+                    + (" or compressed" if option == "min_bytes" else "")
+                    + "; use it with activations=host"
+                )
+        for fate, options in {Fate.host: ("host_gib",), Fate.disk: ("disk_gib", "disk_dir")}.items():
+            for option in options:
+                value = getattr(self, option)
+                if value is not None and fate not in fates:
+                    found.append(
+                        f"activations.{option}={value}: has no effect, as nothing goes to {fate.value}; "
+                        f"use it with activations={fate.value}"
+                    )
+        return found
 
 
 @dataclass(kw_only=True)

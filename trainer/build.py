@@ -11,10 +11,11 @@ import transformers
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.config import Fate
+from offload.activations import Activations
 from optim import registry
 from optim.in_backward import InBackward
 from parallel.launch import World
+from trainer.adapt import manage_activations
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
 from trainer.determinism import make_deterministic
@@ -22,7 +23,7 @@ from trainer.engines.base import Engine
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.memory import MemoryMeter
-from trainer.model import build_model, check_length, check_vocabulary, model_config, recompute_blocks
+from trainer.model import build_model, check_length, check_vocabulary, model_config
 from trainer.schema import Config, Dtype
 from trainer.state import seed_all
 
@@ -40,6 +41,8 @@ class Trainable:
     in_backward: InBackward | None
     """What steps the weights while backward runs, instead of the engine."""
     meter: MemoryMeter
+    activations: Activations | None
+    """None where autograd keeps all that blocks save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     Raises:
         UserError: model and options do not fit each other.
     """
-    if cfg.activations.fate is Fate.recompute:
-        recompute_blocks(model)
+    activations = manage_activations(cfg.activations, world, model)
     rounding = "stochastic" if cfg.precision.weights is Dtype.bf16_sr else "nearest"
     try:
         optimizer = registry.build(cfg.optim, model.named_parameters(), rounding=rounding)
@@ -93,7 +95,8 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         optimizer=optimizer,
         engine=engine,
         in_backward=in_backward,
-        meter=MemoryMeter(model, optimizer, world.device),
+        meter=MemoryMeter(model, optimizer, world.device, elsewhere=activations.ledger if activations else None),
+        activations=activations,
     )
 
 

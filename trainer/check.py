@@ -7,10 +7,12 @@
 import importlib.util
 import math
 import os
+import shutil
 import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+from offload.config import ActivationsConfig, Fate
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
 from trainer.errors import UserError
 from trainer.schema import Attention, Config, Device, Dtype
@@ -85,6 +87,7 @@ def start_problems(cfg: Config) -> list[str]:
         *folder_problems(cfg),
         *resume_problems(cfg),
         *track_problems(cfg.track),
+        *disk_problems(cfg.activations),
     ]
 
 
@@ -168,6 +171,31 @@ def folder_problems(cfg: Config) -> list[str]:
             return []
     except OSError as error:
         return [f"{asked}: cannot write in {existing} ({error.strerror}); {remedy}"]
+
+
+def disk_problems(cfg: ActivationsConfig) -> list[str]:
+    """The folder for activations on disk must be there, take files, and have the room that is asked for."""
+    try:
+        if Fate.disk not in cfg.fates():
+            return []
+    except ValueError:  # a rule that is no rule, which is reported by itself
+        return []
+    folder = cfg.folder()
+    asked, remedy = f"activations.disk_dir={folder}", "give a folder on a local disk with activations.disk_dir=PATH"
+    if not folder.is_dir():
+        return [f"{asked}: is no folder; make it, or {remedy}"]
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return [f"{asked}: cannot write there ({error.strerror}); {remedy}"]
+    free = shutil.disk_usage(folder).free
+    if cfg.disk_gib is not None and cfg.disk_gib * 2**30 > free:
+        return [
+            f"activations.disk_gib={cfg.disk_gib:g}: {folder} has {free / 2**30:.1f} GiB free; "
+            f"use activations.disk_gib={max(free / 2**30 * 0.9, 0.1):.1f}, or {remedy}"
+        ]
+    return []
 
 
 def resume_problems(cfg: Config) -> list[str]:

@@ -86,6 +86,7 @@ def train(run: Run) -> None:
         run.step += 1
         run.tokens += cfg.train.global_batch * cfg.data.sequence_length
         note_skip(run, stepped)
+        note_activations(run, first=run.step == first_step + 1)
         if run.due(cfg.train.log_every) or run.step == first_step + 1:
             log(run, stepped)
         if run.due(cfg.train.eval_every):
@@ -203,6 +204,14 @@ def skipped_text(step: int, stepped: Stepped) -> str:
         return f"step {step} skipped on all ranks: loss or gradient not finite{norm}"
     some = ", ".join(stepped.left_out[:3]) + (", ..." if len(stepped.left_out) > 3 else "")
     return f"step {step} left out {len(stepped.left_out)} parameters on all ranks: gradients not finite ({some})"
+
+
+def note_activations(run: Run, *, first: bool) -> None:
+    """Pass on what the activations' policy has to say: tiers without room, and rules that met nothing in a step."""
+    activations = run.built.activations
+    if activations is not None:
+        for message in [*activations.take_messages(), *(activations.rules_without_effect() if first else [])]:
+            run.recorder.warn(message)
 
 
 @contextmanager

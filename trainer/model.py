@@ -133,18 +133,6 @@ def check_length(config: transformers.PretrainedConfig, sequence_length: int) ->
         )
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Keep only each block's input and run the block again in backward (non-reentrant, dropout replayed)."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(
-            f"activations=recompute: {type(model).__name__} has no blocks that transformers can recompute. "
-            "Use activations=keep."
-        )
-    # transformers renamed it between 5.17 and 5.23.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": True})  # type: ignore[operator]
-
-
 def parameter_count(model: nn.Module) -> int:
     """Number of distinct weights (tied ones once)."""
     return sum(p.numel() for p in model.parameters())

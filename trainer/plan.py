@@ -30,7 +30,8 @@ from tokenizers.models import WordLevel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from offload.config import Fate
+from offload.config import ActivationsConfig, Fate
+from offload.pool import TierFull
 from optim import registry
 from parallel.launch import World
 from parallel.pretended import PretendedGroup
@@ -60,6 +61,8 @@ class Plan:
     """Where the fake tensors claimed to be: cpu or cuda."""
     steps: dict[str, Timeline]
     """The `first` step, with what it sets up (a basis found, say), and a `steady` one."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about activations: tiers that are too small, rules without effect."""
 
     @property
     def highest(self) -> str:
@@ -91,7 +94,8 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
     with undisturbed(device), FakeTensorMode():
         model = build_model(from_scratch, deepcopy(config), weights=cfg.precision.weights, device=device, seed=cfg.seed)
         trainable = make_trainable(cfg, world, model)
-        meter = MemoryMeter(model, trainable.optimizer, device, allocator=False)
+        elsewhere = trainable.activations.ledger if trainable.activations else None
+        meter = MemoryMeter(model, trainable.optimizer, device, allocator=False, elsewhere=elsewhere)
         trainable = replace(trainable, meter=meter)
         try:
             first = count(trainable, 0)
@@ -99,6 +103,8 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
             # here, where it would tell other ranks; made anew with the engine, they are as large.
             trainable = replace(trainable, engine=make_engine(cfg, world, model, trainable.optimizer))
             steady = count(trainable, 1)
+        except TierFull as error:
+            raise UserError(f"{error}. Give it more, or use activations.when_full=keep.") from error
         except RuntimeError as error:  # of torch: the size of a result depends on values, or nobody has written it down
             raise UserError(
                 f"model={cfg.model.name}: the step of {type(model).__name__} cannot be predicted "
@@ -106,7 +112,21 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
                 "Train a few steps instead; memory.json holds what they took."
             ) from error
     steps = {"first": first, "steady": steady}
-    return Plan(parameters=parameter_count(model), ranks=ranks, device=device.type, steps=steps)
+    return Plan(
+        parameters=parameter_count(model),
+        ranks=ranks,
+        device=device.type,
+        steps=steps,
+        notes=activation_notes(trainable),
+    )
+
+
+def activation_notes(trainable: Trainable) -> tuple[str, ...]:
+    """What the policy of activations could not do as it was told."""
+    activations = trainable.activations
+    if activations is None:
+        return ()
+    return (*activations.take_messages(), *activations.rules_without_effect())
 
 
 def count(trainable: Trainable, step: int) -> Timeline:
@@ -221,6 +241,9 @@ def compare(
     return plans, untried
 
 
+OTHER_FATES = (Fate.recompute, Fate.host, Fate.fp8)
+"""What is planned instead of keeping activations: exact and slower, exact and beside the device, a little coarser."""
+
 OTHER_OPTIMIZERS = ("adamw", "galore", "adamw_8bit", "apollo_mini")
 """What is planned instead of the chosen one: the usual, a low-rank, a low-bit and a nearly stateless method."""
 
@@ -233,9 +256,10 @@ def alternatives(cfg: Config, peak: Peak) -> dict[str, Config]:
     """
     train, weights = cfg.train, cfg.precision.weights
     found: list[tuple[str, tuple[str, ...], Config]] = []
-    if cfg.activations.fate is Fate.keep:
-        recompute = replace(cfg, activations=replace(cfg.activations, fate=Fate.recompute))
-        found.append(("activations=recompute", ("activations",), recompute))
+    if cfg.activations == ActivationsConfig():
+        for fate in OTHER_FATES:
+            other = replace(cfg, activations=ActivationsConfig(fate=fate))
+            found.append((f"activations={fate.value}", ("activations",), other))
     fewer = max((rows for rows in range(1, train.micro_batch) if train.micro_batch % rows == 0), default=None)
     if fewer is not None:
         smaller = replace(cfg, train=replace(train, micro_batch=fewer))

@@ -37,6 +37,7 @@ def plan_report(cfg: Config, plan: Plan, instead: Instead, untried: Sequence[str
         untried: overrides of choices that there was no time to plan.
     """
     parts: list[RenderableType] = [headline(cfg, plan), Text(), phases_table(plan), Text(), binding(plan, instead)]
+    parts += [Text(line) for line in beside(plan)]
     if instead:
         parts += [Text(), instead_table(plan, instead)]
     if untried:
@@ -101,6 +102,14 @@ def binding(plan: Plan, instead: Instead) -> Text:
     return text
 
 
+def beside(plan: Plan) -> list[str]:
+    """Say what other tiers hold at the most, and what of it could not be as asked."""
+    tiers = plan.steps[plan.highest].elsewhere
+    names = {"host": "host memory", "disk": "files on disk"}
+    held = " and ".join(f"{format_bytes(size)} of {names[tier]}" for tier, size in tiers.items())
+    return [*([f"Beside the device, activations take {held}."] if held else []), *plan.notes]
+
+
 def place(plan: Plan) -> str:
     """Name the moment of the peak."""
     where = {"step": "the update of the weights", BETWEEN: "between two phases"}.get(plan.peak.phase, plan.peak.phase)
@@ -158,6 +167,7 @@ def plan_json(cfg: Config, plan: Plan, instead: Instead, untried: Sequence[str])
         "not_included": on_top(plan),
         "peak": peak_json(plan),
         "predicted": plan.to_json(),
+        "notes": list(plan.notes),
         "instead": {override: peak_json(other) for override, other in instead.items()},
         "not_tried": list(untried),
     }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from offload.config import Fate
+from offload.pool import TierFull, TierLost
 from optim.describe import uncoded
 from parallel.collectives import gather_objects
 from parallel.launch import World, connected
@@ -75,6 +76,8 @@ def run(cfg: Config) -> Result:
             if isinstance(ended, Interrupted):
                 recorder.notice(f"go on with: {resume_command(cfg, folder)}")
             raise
+        except (TierFull, TierLost) as error:
+            raise TrainingStopped(tier_message(training, error)) from error
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory(training, error)) from error
         save(training, last=True)
@@ -206,6 +209,17 @@ def begin(
         first_evaluation=where.get("first_evaluation"),
         saved_step=where.get("step"),
     )
+
+
+def tier_message(training: Run, error: Exception) -> str:
+    """Say which tier failed in which step, and from where the run goes on."""
+    kept = f"step {training.saved_step} is saved" if training.saved_step else "nothing was saved yet"
+    remedy = (
+        "Give the tier more room, use activations.when_full=keep, or activations=recompute"
+        if isinstance(error, TierFull)
+        else "Use another activations.disk_dir, or activations=recompute"
+    )
+    return f"step {training.step + 1}: {error}. {remedy}; {kept}, and the same command goes on from there."
 
 
 def out_of_memory(training: Run, error: BaseException) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.pool import Ledger
 from trainer.memory.count import StorageCounter
 from trainer.memory.storages import HELD_KINDS, KINDS, held_bytes
 from trainer.memory.timeline import BETWEEN, Peak, Span, Timeline
@@ -56,10 +57,20 @@ class MemoryMeter:
         device: where the run computes; storages elsewhere are not counted.
         allocator: whether the CUDA allocator is asked too. It knows nothing of fake tensors, and resetting its peaks
             would disturb a run beside them.
+        elsewhere: account of what was moved to other tiers; None where nothing is.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device, *, allocator: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        device: torch.device,
+        *,
+        allocator: bool = True,
+        elsewhere: Ledger | None = None,
+    ):
         self._model, self._optimizer, self._allocator = model, optimizer, allocator
+        self._elsewhere = elsewhere
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
@@ -81,11 +92,15 @@ class MemoryMeter:
         """
         assert self._counting is None, "a step is being counted already"
         timeline = Timeline(device=str(self.device))
+        if self._elsewhere is not None:
+            self._elsewhere.restart_peaks()
         counting = self._counting = _Counting(self._model, self._optimizer, self.device, self._allocator)
         try:
             with counting.counter.counting():
                 yield timeline
             counting.finish(timeline)
+            if self._elsewhere is not None:
+                timeline.elsewhere = {tier: size for tier, size in self._elsewhere.peak.items() if size}
         finally:
             self._counting = None
 

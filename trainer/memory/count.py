@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from offload.saved import watchers
 from trainer.memory.operators import aten, makes_nothing, opens_up, patched, sums_gradients
 from trainer.memory.record import Record, Saved, unpack
 from trainer.memory.storages import (
@@ -73,6 +74,9 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stack.enter_context(
                 patched(torch._C._autograd, "_push_saved_tensors_default_hooks", self._observe_inner_hooks())
             )
+            stack.enter_context(patched(torch.utils.checkpoint._VersionWrapper, "__init__", self._observe_selected()))
+            watchers.append(self._hold)
+            stack.callback(watchers.remove, self._hold)
             for parameter in self._parameters:
                 if parameter.requires_grad and parameter.is_leaf:
                     stack.callback(self._watch_gradient(parameter).remove)
@@ -222,6 +226,17 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             push(pack_observed, unpack)
 
         return push_observed
+
+    def _observe_selected(self) -> Callable[[Any, Any], None]:
+        """Watch the results that selective recomputation keeps: they are activations until they are freed."""
+        keep = torch.utils.checkpoint._VersionWrapper.__init__
+
+        def keep_observed(wrapper: Any, value: Any) -> None:
+            for plain in plain_tensors(value):
+                self._hold(plain)
+            keep(wrapper, value)
+
+        return keep_observed
 
     def _watch_gradient(self, parameter: nn.Parameter) -> Any:
         """Class a gradient as soon as it is complete, before a hook that steps and frees it in backward."""

@@ -57,6 +57,8 @@ class Timeline:
     """Every run through a phase, in the order of their ends; an inner phase lies within its outer one."""
     allocator: dict[str, tuple[int, int]] = field(default_factory=dict)
     """CUDA only: the allocator's peaks of each phase, in bytes allocated and requested."""
+    elsewhere: dict[str, int] = field(default_factory=dict)
+    """Bytes of activations that other tiers (`host`, `disk`) held at the most; not among those of the device."""
 
     def fill(self, records: Sequence[Record], samples: int, spans: list[Span]) -> None:
         """Lay the lives of the storages over `samples` samples."""
@@ -117,6 +119,7 @@ class Timeline:
         return {
             "device": self.device,
             "samples": len(self),
+            **({"elsewhere": self.elsewhere} if self.elsewhere else {}),
             "peak": self.peak.to_json(),
             "peak_by_phase": {name: peak.to_json() for name, peak in self.peak_by_phase.items()},
         }

@@ -1,0 +1,108 @@
+"""Activations as 8-bit codes: FP8 (E4M3) or integers, with a scale for each group of neighbours or for all.
+
+For a group g of G values, in the order they lie in memory:
+
+    s = bf16((max |x_g| + 1e-10) / top)        top: 448 for E4M3, 127 for integers
+    code = round(clamp(x / s, -top, top))      divided by the scale as it is stored, so that the largest maps to top
+    x' = code s
+
+COAT (Xi et al. 2024, arXiv:2410.19313): G = 16 for the inputs of norms, activations and products, one scale for the
+whole input of a linear layer. An infinite value makes its group NaN, and a NaN stays one: E4M3 on CPU would saturate
+both without a word, and the step's finite check is to see them.
+Bytes per value: 1 + 2/G.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+E4M3_TOP = 448.0
+INT8_TOP = 127.0
+FP8_GROUP = 16
+INT8_GROUP = 64
+PIECE = 2**20
+"""Values encoded or decoded at a time: what is wide in between stays at 4 MiB."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Values as codes."""
+
+    codes: Tensor
+    """(n,) float8_e4m3fn or int8."""
+    scales: Tensor
+    """(groups,) bf16."""
+    group: int
+    """Values that share a scale, the last group maybe fewer; 0: all do."""
+    dtype: torch.dtype
+    """What the values were."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def encode(values: Tensor, *, integers: bool, group: int) -> Codes:
+    """Encode (n,) values of a floating dtype."""
+    count = values.numel()
+    top = INT8_TOP if integers else E4M3_TOP
+    codes = torch.empty(count, dtype=torch.int8 if integers else torch.float8_e4m3fn, device=values.device)
+    width = group or max(count, 1)
+    scales = torch.empty(-(-count // width), dtype=torch.bfloat16, device=values.device)
+    if not group:
+        scales.copy_(scale(largest(values), top))
+    for begin, end in pieces(count, group):
+        part = values[begin:end].float()
+        if group:
+            groups = slice(begin // group, -(-end // group))
+            scales[groups] = scale(by_group(part.abs(), group).amax(1), top)
+            part = spread(part, scales[groups].float().reciprocal(), group)
+        else:
+            part = part / scales.float()
+        part = part.clamp_(-top, top)
+        codes[begin:end] = part.round_().to(torch.int8) if integers else part.to(torch.float8_e4m3fn)
+    return Codes(codes, scales, group, values.dtype)
+
+
+def decode(coded: Codes) -> Tensor:
+    """Return the (n,) values, in their dtype."""
+    count, group = coded.codes.numel(), coded.group
+    values = torch.empty(count, dtype=coded.dtype, device=coded.codes.device)
+    for begin, end in pieces(count, group):
+        part = coded.codes[begin:end].float()
+        scales = coded.scales[begin // group : -(-end // group)] if group else coded.scales
+        values[begin:end] = spread(part, scales.float(), group) if group else part * scales.float()
+    return values
+
+
+def pieces(count: int, group: int) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of pieces that hold whole groups."""
+    step = PIECE // group * group if group else PIECE
+    for begin in range(0, count, step):
+        yield begin, min(begin + step, count)
+
+
+def scale(peak: Tensor, top: float) -> Tensor:
+    """Scale of groups whose largest magnitude is `peak`: NaN where that is not finite."""
+    return torch.where(peak.isfinite(), (peak + 1e-10) / top, torch.nan).to(torch.bfloat16)
+
+
+def largest(values: Tensor) -> Tensor:
+    """(1,) fp32: the largest magnitude, NaN and infinity included, without a wide copy of all values."""
+    peaks = [values[begin:end].abs().amax() for begin, end in pieces(values.numel(), 0)]
+    return torch.stack(peaks).amax().float().reshape(1)
+
+
+def by_group(part: Tensor, group: int) -> Tensor:
+    """(n,) to (groups, group), zeros at the end."""
+    missing = -part.numel() % group
+    return torch.nn.functional.pad(part, (0, missing)).view(-1, group)
+
+
+def spread(part: Tensor, factors: Tensor, group: int) -> Tensor:
+    """Multiply (n,) fp32 values by the factor of their group."""
+    if part.numel() % group == 0:
+        return (part.view(-1, group) * factors[:, None]).view(-1)
+    return part * factors.repeat_interleave(group, output_size=factors.numel() * group)[: part.numel()]

@@ -1,0 +1,103 @@
+"""Host memory for what leaves the device: buffers that are used again, within a budget, and a ledger of who holds what.
+
+A pinned buffer takes milliseconds to make, and a step asks for the same sizes as the one before: what is given back
+is kept for the next taker of its size. Idle buffers are freed where the budget would otherwise refuse a new one.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TierFull(RuntimeError):
+    """A tier cannot take what it is to hold, and the run is to stop then."""
+
+
+class TierLost(RuntimeError):
+    """A tier cannot give back what it took."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Bytes of host memory on loan from a pool."""
+
+    nbytes: int
+    memory: Tensor | None
+    """(nbytes,) uint8 on the CPU; None where only the bookkeeping runs, on fake tensors."""
+
+
+@dataclass
+class Ledger:
+    """What was moved, and what lies elsewhere now and at the most. Bytes by tier: `host`, `disk`."""
+
+    out: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    back: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    held: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    peak: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    refused: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """What a tier had no room for, or failed to write, and so stayed on the device."""
+    forwarded: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """What was asked for again before it had left, and handed back from where it was."""
+    compressed: int = 0
+    """Bytes that became codes, as they were before."""
+    codes: int = 0
+    """Bytes of those codes and their scales."""
+
+    def hold(self, tier: str, nbytes: int) -> None:
+        """Note that `tier` holds `nbytes` more (or less, where negative)."""
+        self.held[tier] += nbytes
+        self.peak[tier] = max(self.peak[tier], self.held[tier])
+
+    def restart_peaks(self) -> None:
+        """Begin a new measurement of the most held."""
+        self.peak = defaultdict(int, self.held)
+
+
+class HostPool:
+    """Buffers of host memory.
+
+    Args:
+        budget: bytes at most, idle buffers included; None for no limit.
+        pinned: whether buffers are page-locked, as asynchronous copies from and to CUDA need.
+    """
+
+    def __init__(self, budget: int | None = None, *, pinned: bool = False) -> None:
+        self.budget, self.pinned = budget, pinned
+        self.reserved = 0
+        """Bytes allocated: lent and idle."""
+        self._idle: dict[int, list[Buffer]] = defaultdict(list)
+
+    @property
+    def idle(self) -> int:
+        """Bytes kept for the next taker."""
+        return sum(size * len(buffers) for size, buffers in self._idle.items())
+
+    def take(self, nbytes: int, *, fake: bool = False) -> Buffer | None:
+        """Lend a buffer of exactly `nbytes`; None where the budget has no room for it."""
+        if self._idle[nbytes]:
+            return self._idle[nbytes].pop()
+        if self.budget is not None and self.reserved + nbytes > self.budget:
+            self._free_idle()
+            if self.reserved + nbytes > self.budget:
+                return None
+        memory = None if fake else self._allocate(nbytes)
+        self.reserved += nbytes
+        return Buffer(nbytes, memory)
+
+    def give(self, buffer: Buffer) -> None:
+        """Take a buffer back; the caller has seen to it that nothing reads or writes it any more."""
+        self._idle[buffer.nbytes].append(buffer)
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        if self.pinned:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        # Not torch's own memory: where the device is the CPU itself, this is the other side of the border, and the
+        # meter, which sees every tensor that torch makes, counts the device alone.
+        return torch.from_numpy(np.empty(nbytes, np.uint8))
+
+    def _free_idle(self) -> None:
+        self.reserved -= self.idle
+        self._idle.clear()

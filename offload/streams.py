@@ -1,0 +1,131 @@
+"""Copies between the device and what lies beyond it; the only file with streams, events and threads.
+
+On CUDA a copy out runs on one stream, a copy back on another, and both beside the stream that computes:
+
+    out    waits until the compute stream has made the bytes; whoever holds them near may let go once the compute
+           stream waits for the copy (`Ticket.wait`), since the allocator hands memory on in that stream's order
+    back   waits until the compute stream is done with what the near memory held before; readers wait for the copy
+
+On CPU a thread copies, so that the order of things is the same and a missing wait shows: the tests hold every copy
+back a while. Files are written and read by threads on both.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Ticket:
+    """A copy under way."""
+
+    def __init__(self, work: Future[Any] | None = None, event: Any = None) -> None:
+        self._work, self._event = work, event
+
+    def wait(self) -> None:
+        """Let nothing that follows on this thread (and its CUDA stream) run before the copy is done.
+
+        Raises:
+            OSError: of the file that was written or read.
+        """
+        event = self._event if self._work is None else self._work.result()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+
+DONE = Ticket()
+"""A copy that takes no time: of fake tensors."""
+
+
+class Copies:
+    """Starts copies for one device.
+
+    Args:
+        device: where near memory is.
+        delay: seconds every threaded copy is held back, for tests.
+    """
+
+    def __init__(self, device: torch.device, *, delay: float = 0.0) -> None:
+        self._cuda = device.type == "cuda"
+        self._device, self._delay = device, delay
+        self._threads: dict[str, ThreadPoolExecutor] = {}  # one for each direction: copies keep their order
+        self._streams: dict[str, Any] = {}
+
+    def out(self, near: Tensor, far: Tensor) -> Ticket:
+        """Copy (n,) bytes from the device to host memory. `near` must live until the ticket is waited for."""
+        if self._cuda:
+            return Ticket(event=self._copy_cuda("out", far, near))
+        return self._thread("out", copy_bytes, far, near)
+
+    def back(self, far: Tensor, near: Tensor) -> Ticket:
+        """Copy (n,) bytes from host memory to the device. Both must live until the ticket is waited for."""
+        if self._cuda:
+            return Ticket(event=self._copy_cuda("back", near, far))
+        return self._thread("back", copy_bytes, near, far)
+
+    def write(self, near: Tensor, staging: Tensor | None, put: Callable[[memoryview], None]) -> Ticket:
+        """Give the bytes of `near` to `put`, on a thread; by way of `staging` (host memory) from CUDA."""
+        if staging is None:
+            return self._thread("out", lambda: put(byte_view(near)))
+        copied = self._copy_cuda("out", staging, near)
+
+        def write() -> Any:
+            copied.synchronize()
+            put(byte_view(staging))
+            return copied
+
+        return self._thread("out", write)
+
+    def read(self, near: Tensor, staging: Tensor | None, get: Callable[[memoryview], None]) -> Ticket:
+        """Let `get` fill the bytes of `near`, on a thread; by way of `staging` to CUDA."""
+        if staging is None:
+            return self._thread("back", lambda: get(byte_view(near)))
+        ready = torch.cuda.current_stream(self._device).record_event()
+
+        def read() -> Any:
+            get(byte_view(staging))
+            return self._copy_cuda("back", near, staging, after=ready)
+
+        return self._thread("back", read)
+
+    def _thread(self, direction: str, work: Callable[..., Any], *args: Any) -> Ticket:
+        if direction not in self._threads:
+            self._threads[direction] = ThreadPoolExecutor(1, thread_name_prefix=f"stowage-{direction}")
+
+        held = [work, *args]
+
+        def run() -> Any:
+            call, *taken = held
+            held.clear()  # so that the memory near is the waiter's alone, to the instruction, once the copy is done
+            if self._delay:
+                time.sleep(self._delay)
+            return call(*taken)
+
+        del work, args
+
+        return Ticket(work=self._threads[direction].submit(run))
+
+    def _copy_cuda(self, direction: str, target: Tensor, source: Tensor, after: Any = None) -> Any:
+        """Copy on the stream of `direction`, after the event `after` or all that the compute stream has to do now."""
+        with torch.cuda.device(self._device):
+            if direction not in self._streams:
+                self._streams[direction] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream = self._streams[direction]
+            stream.wait_event(after or torch.cuda.current_stream().record_event())
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+                return stream.record_event()
+
+
+def byte_view(memory: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, as files take them."""
+    return memoryview(memory.numpy().data)
+
+
+def copy_bytes(target: Tensor, source: Tensor) -> None:
+    """Copy without torch's own threads, which those who compute are using."""
+    np.copyto(target.numpy(), source.numpy())
