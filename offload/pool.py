@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -20,13 +21,18 @@ class TierLost(RuntimeError):
     """A tier cannot give back what it took."""
 
 
+Memory = Tensor | NDArray[np.uint8]
+"""(n,) bytes of host memory: a pinned tensor beside CUDA. Beside the CPU an array, since there the meter counts every
+tensor that torch makes as the device's, and this is the other side of the border."""
+
+
 @dataclass(eq=False)
 class Buffer:
     """Bytes of host memory on loan from a pool."""
 
     nbytes: int
-    memory: Tensor | None
-    """(nbytes,) uint8 on the CPU; None where only the bookkeeping runs, on fake tensors."""
+    memory: Memory | None
+    """None where only the bookkeeping runs, on fake tensors."""
 
 
 @dataclass
@@ -91,12 +97,10 @@ class HostPool:
         """Take a buffer back; the caller has seen to it that nothing reads or writes it any more."""
         self._idle[buffer.nbytes].append(buffer)
 
-    def _allocate(self, nbytes: int) -> Tensor:
+    def _allocate(self, nbytes: int) -> Memory:
         if self.pinned:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        # Not torch's own memory: where the device is the CPU itself, this is the other side of the border, and the
-        # meter, which sees every tensor that torch makes, counts the device alone.
-        return torch.from_numpy(np.empty(nbytes, np.uint8))
+        return np.empty(nbytes, np.uint8)
 
     def _free_idle(self) -> None:
         self.reserved -= self.idle

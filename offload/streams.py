@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offload.pool import Memory
+
 
 class Ticket:
     """A copy under way."""
@@ -55,16 +57,16 @@ class Copies:
         self._threads: dict[str, ThreadPoolExecutor] = {}  # one for each direction: copies keep their order
         self._streams: dict[str, Any] = {}
 
-    def out(self, near: Tensor, far: Tensor) -> Ticket:
+    def out(self, near: Tensor, far: Memory) -> Ticket:
         """Copy (n,) bytes from the device to host memory. `near` must live until the ticket is waited for."""
         if self._cuda:
-            return Ticket(event=self._copy_cuda("out", far, near))
+            return Ticket(event=self._copy_cuda("out", pinned(far), near))
         return self._thread("out", copy_bytes, far, near)
 
-    def back(self, far: Tensor, near: Tensor) -> Ticket:
+    def back(self, far: Memory, near: Tensor) -> Ticket:
         """Copy (n,) bytes from host memory to the device. Both must live until the ticket is waited for."""
         if self._cuda:
-            return Ticket(event=self._copy_cuda("back", near, far))
+            return Ticket(event=self._copy_cuda("back", near, pinned(far)))
         return self._thread("back", copy_bytes, near, far)
 
     def write(self, near: Tensor, staging: Tensor | None, put: Callable[[memoryview], None]) -> Ticket:
@@ -126,6 +128,11 @@ def byte_view(memory: Tensor) -> memoryview:
     return memoryview(memory.numpy().data)
 
 
-def copy_bytes(target: Tensor, source: Tensor) -> None:
+def copy_bytes(target: Memory, source: Memory) -> None:
     """Copy without torch's own threads, which those who compute are using."""
-    np.copyto(target.numpy(), source.numpy())
+    np.copyto(np.asarray(target), np.asarray(source))
+
+
+def pinned(memory: Memory) -> Tensor:
+    assert isinstance(memory, Tensor), "beside CUDA a pool's memory is pinned"
+    return memory

@@ -36,7 +36,7 @@ class HostRoom:
         buffer = pool.take(nbytes, fake=fake)
         if buffer is None:
             raise TierFull(
-                f"activations.host_gib={(pool.budget or 0) / 2**30:g} has no room for {nbytes:,} bytes more "
+                f"activations.host_gib={(pool.budget or 0) / 2**30:.3g} has no room for {nbytes:,} bytes more "
                 f"({pool.reserved - pool.idle:,} are taken)"
             )
         self._buffer, self._pool, self._copies, self._ledger = buffer, pool, copies, ledger
@@ -97,7 +97,7 @@ class DiskRoom:
     ) -> None:  # fmt: skip
         if budget is not None and ledger.held[self.tier] + nbytes > budget:
             raise TierFull(
-                f"activations.disk_gib={budget / 2**30:g} has no room for {nbytes:,} bytes more "
+                f"activations.disk_gib={budget / 2**30:.3g} has no room for {nbytes:,} bytes more "
                 f"({ledger.held[self.tier]:,} are taken)"
             )
         self._nbytes, self._file, self._pool, self._copies, self._ledger = nbytes, file, staging, copies, ledger
@@ -137,6 +137,7 @@ class DiskRoom:
         if self._staging is None:
             self._staging = self._pool.take(self._nbytes)
         assert self._staging is not None, "the pool of staging buffers has no budget"
+        assert isinstance(self._staging.memory, Tensor), "staging is pinned"
         return self._staging.memory
 
     def _unstage(self) -> None:

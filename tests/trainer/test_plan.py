@@ -108,10 +108,18 @@ def test_the_predicted_bytes_of_every_kind_and_phase_are_the_measured_ones(
         ["precision=fp64"],
         ["model.dropout=0.1", "activations=recompute"],
         ["model.attention=eager"],
+        *(
+            [f"activations={fate}", "activations.min_bytes=0", "precision=bf16"]
+            for fate in ("host", "disk", "fp8", "int8")
+        ),
+        ["activations=selective", "precision=bf16_pure"],
+        ["activations=recompute_host", "activations.min_bytes=0", "train.micro_batch=2"],
+        ["activations.rules=['mlp -> recompute','self_attn -> disk']", "activations.min_bytes=0"],
+        ["activations.tile_mlp=3"],
         ["optim=galore", "optim.refresh=svd", "optim.update_proj_gap=1"],
         ["train.clip_norm=0.0001", "model.tie_embeddings=true", "model.kv_heads=2"],
     ],
-    ids=lambda overrides: str(overrides[0]),
+    ids=lambda overrides: " ".join(overrides),
 )
 def test_other_options_are_predicted_to_the_byte_as_well(overrides: list[str]) -> None:
     assert peaks(plan(*NARROW, *overrides)) == real_peaks([*NARROW, *overrides])
@@ -269,7 +277,7 @@ def test_other_choices_are_those_that_differ_most_promising_first() -> None:
     found = alternatives(cfg, peak)
     assert list(found) == [
         "optim=adamw", "optim=adamw_8bit", "optim=apollo_mini", "precision=bf16_pure", "train.micro_batch=2",
-        "activations=recompute", "precision=bf16",
+        "activations=recompute", "activations=host", "activations=fp8", "precision=bf16",
     ]  # fmt: skip
     assert found["train.micro_batch=2"] == replace(cfg, train=replace(cfg.train, micro_batch=2))
     done = load([*SMALL, "train.micro_batch=1", "precision=bf16_pure", "activations=recompute", "optim=adamw"])

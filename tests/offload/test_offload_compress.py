@@ -1,0 +1,108 @@
+"""FP8 and int8 codes of activations: error bounds by the format, special values, and what a block holds then."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload.compress import FP8_GROUP, INT8_GROUP, PIECE, decode, encode
+from offload.config import Fate
+from tests.offload.models import llama, managed, step
+
+
+def normal(count: int = 2**16) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(0))
+
+
+def snr(x: Tensor, y: Tensor) -> float:
+    return 10 * math.log10(float(x.square().sum() / (x - y).square().sum()))
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 1000, PIECE + 40])
+@pytest.mark.parametrize("integers, group", [(False, FP8_GROUP), (False, 0), (True, INT8_GROUP)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_round_trip_is_within_half_a_step_of_the_format(
+    count: int, integers: bool, group: int, dtype: torch.dtype
+) -> None:
+    x = normal(count).to(dtype)
+    coded = encode(x, integers=integers, group=group)
+    y = decode(coded)
+    assert y.dtype == dtype and y.shape == x.shape
+    width = group or count
+    scales = coded.scales.float().repeat_interleave(width)[:count]
+    wide, error = x.float(), (y.float() - x.float()).abs()
+    rounding = 2**-8 * y.float().abs() if dtype is torch.bfloat16 else 2**-23 * y.float().abs()
+    if integers:
+        bound = 0.5 * scales + 127 * 2**-8 * scales * (wide.abs() >= 126 * scales)
+    else:
+        bound = torch.where(wide.abs() >= scales * 2**-6, wide.abs() * (1 / 17 + 2**-8), scales * 2**-10)
+    assert (error <= bound + rounding + 1e-30).all()
+
+
+def test_the_largest_of_a_group_gets_the_largest_code() -> None:
+    x = normal(4096)
+    coded = encode(x, integers=False, group=FP8_GROUP)
+    assert (coded.codes.float().view(-1, FP8_GROUP).abs().amax(1) == 448).all()
+    coded = encode(x, integers=True, group=INT8_GROUP)
+    assert (coded.codes.view(-1, INT8_GROUP).abs().amax(1) == 127).all()
+
+
+def test_the_noise_is_what_the_format_promises() -> None:
+    """Gaussian values, E4M3: 31.5 dB with one scale, 33.0 dB in groups of 16."""
+    x = normal()
+    assert snr(x, decode(encode(x, integers=False, group=0))) == pytest.approx(31.5, abs=0.2)
+    assert snr(x, decode(encode(x, integers=False, group=FP8_GROUP))) == pytest.approx(33.0, abs=0.2)
+    assert snr(x, decode(encode(x, integers=True, group=INT8_GROUP))) > 43
+
+
+def test_groups_keep_an_outlier_to_itself() -> None:
+    x = normal()
+    x[::997] *= 1e6
+    small = x.abs() < 10
+    groups = decode(encode(x, integers=False, group=FP8_GROUP))[small]
+    whole = decode(encode(x, integers=False, group=0))[small]
+    assert snr(x[small], groups) > snr(x[small], whole) + 5
+
+
+def test_zeros_stay_zeros_and_equal_values_equal() -> None:
+    assert decode(encode(torch.zeros(40), integers=False, group=16)).abs().max() == 0
+    same = decode(encode(torch.full((40,), 3.0), integers=False, group=16))
+    assert (same == same[0]).all() and abs(float(same[0]) - 3) < 3 * 2**-8
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("integers, group", [(False, 16), (False, 0), (True, 64)])
+def test_what_is_not_finite_is_not_hidden(value: float, integers: bool, group: int) -> None:
+    x = normal(256)
+    x[70] = value
+    y = decode(encode(x, integers=integers, group=group))
+    assert y[70].isnan()
+    if group:
+        begin = 70 // group * group
+        assert y[:begin].isfinite().all() and y[begin + group :].isfinite().all()
+
+
+@pytest.mark.parametrize("fate, least", [(Fate.fp8, 0.99), (Fate.int8, 0.999)])
+def test_gradients_keep_their_direction_and_the_loss_every_bit(fate: Fate, least: float) -> None:
+    expected = step(llama())
+    model = llama()
+    policy = managed(model, fate=fate)
+    found = step(model)
+    assert torch.equal(found[0], expected[0]), "forward computes with what it had"
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) >= least
+    assert policy.ledger.codes < 0.3 * policy.ledger.compressed
+
+
+def test_weights_and_attention_operands_are_never_compressed() -> None:
+    model = llama()
+    policy = managed(model, fate=Fate.fp8)
+    seen: list[int] = []
+    inner = policy._entry
+    policy._entry = lambda frame, tensor, verdict: (  # type: ignore[assignment]
+        seen.append(tensor.untyped_storage().data_ptr()) or inner(frame, tensor, verdict)
+    )
+    step(model)
+    assert seen and not {p.untyped_storage().data_ptr() for p in model.parameters()} & set(seen)
+    assert all(frame.kept > 0 for frame in policy.frames)
