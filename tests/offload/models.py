@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from offload.activations import Activations
 from offload.config import ActivationsConfig, Fate
 from offload.streams import Copies
-from trainer.model import blocks
+from trainer.adapt import blocks
 
 CPU = torch.device("cpu")
 LAYERS, HIDDEN = 4, 32

@@ -29,9 +29,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "disk": {"fate": Fate.disk},
     "recompute_host": {"fate": Fate.recompute, "inputs": Fate.host},
     "selective_disk": {"fate": Fate.selective, "inputs": Fate.disk},
-    "mixed": {
-        "rules": ["layers.0 -> keep", "mlp -> recompute", "self_attn linear() -> disk", "self_attn -> host"]
-    },
+    "mixed": {"rules": ["layers.0 -> keep", "mlp -> recompute", "self_attn linear() -> disk", "self_attn -> host"]},
     "kept_results": {"fate": Fate.recompute, "rules": ["scaled_dot_product_attention() -> keep", "silu() -> keep"]},
 }
 
