@@ -1,6 +1,7 @@
 """ZeRO stage 0: every rank holds all weights; gradients are summed as backward produces them (DDP)."""
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parallel.config import ParallelConfig
 from parallel.launch import World
+from parallel.spread import Spread
 
 # Renamed in torch 2.13. Buffers are constants of the model (rotary frequencies), equal everywhere from the start.
 OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -24,30 +26,34 @@ def sum_gradients(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.
     return summed
 
 
-def replicate(model: nn.Module, world: World, cfg: ParallelConfig) -> nn.Module:
-    """Wrap `model` for `world`: rank 0's weights everywhere, summed gradients in buckets that `.grad` views.
+class Replicas(Spread):
+    """Every rank holds rank 0's weights; gradients are summed in buckets, which `.grad` views."""
 
-    Alone, the model is returned as it is.
-    """
-    if world.process_count == 1:
-        return model
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        **{BUFFER_SYNC: False},  # type: ignore[arg-type]
-        gradient_as_bucket_view=True,
-        bucket_cap_mb=cfg.bucket_mib,
-        process_group=world.gradients,
-        init_sync=not isinstance(next(model.parameters()), FakeTensor),  # which have no values to agree on
-    )
-    wrapped.register_comm_hook(world.gradients, sum_gradients)
-    return wrapped
+    def __init__(self, model: nn.Module, world: World, cfg: ParallelConfig) -> None:
+        super().__init__(model)
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            **{BUFFER_SYNC: False},  # type: ignore[arg-type]
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=cfg.bucket_mib,
+            process_group=world.gradients,
+            init_sync=not isinstance(next(model.parameters()), FakeTensor),  # which have no values to agree on
+        )
+        wrapped.register_comm_hook(world.gradients, sum_gradients)
+        self.model: DistributedDataParallel = wrapped
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """Sum over the ranks in the `last` micro-step alone."""
+        return nullcontext() if last else self.model.no_sync()
 
 
-def same_weights(model: nn.Module, world: World) -> nn.Module:
-    """Give every rank rank 0's weights, and leave the sums of gradients to others. Returns the model itself."""
-    parameters = list(model.parameters())
-    if world.process_count > 1 and not isinstance(parameters[0], FakeTensor):
-        for parameter in parameters:
-            dist.broadcast(parameter.data, group=world.gradients, group_src=0)
-    return model
+class SameWeights(Spread):
+    """Every rank begins with rank 0's weights; whoever updates sums the gradients itself (`optim.in_backward`)."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        super().__init__(model)
+        parameters = list(model.parameters())
+        if not isinstance(parameters[0], FakeTensor):
+            for parameter in parameters:
+                dist.broadcast(parameter.data, group=world.gradients, group_src=0)

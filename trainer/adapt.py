@@ -1,4 +1,4 @@
-"""What is put into a built model before an optimizer and an engine see it."""
+"""What of a built model is of interest before an optimizer and an engine see it, and what is put into it."""
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,6 +17,15 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, GradientCheckpointingLayer) and not inside:
             found.append((name, module))
     return found
+
+
+def untied_ends(model: nn.Module) -> list[nn.Module]:
+    """Embedding and head, each with a weight of its own; none where they share it, or the model has no such thing."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    weights = [getattr(end, "weight", None) for end in ends]
+    if any(weight is None for weight in weights) or weights[0] is weights[1]:
+        return []
+    return ends
 
 
 def manage_activations(cfg: ActivationsConfig, world: World, model: nn.Module) -> Activations | None:

@@ -1,12 +1,13 @@
-"""From configuration to objects, in the one legal order: data, model, adapt, optimizer, engine, meter.
+"""From configuration to objects, in the one legal order: data, model, adapt, shard, optimizer, engine, meter.
 
-The optimizer sees plain parameters with their names; the engine wraps afterwards. Everything a user can get wrong
-about data and model files is found before weights are made.
+The optimizer sees what is left to this rank of each parameter, under the parameter's name. Everything a user can get
+wrong about data and model files is found before weights are made.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +16,9 @@ from offload.activations import Activations
 from optim import registry
 from optim.in_backward import InBackward
 from parallel.launch import World
-from trainer.adapt import manage_activations
+from parallel.place import spread as spread_over_ranks
+from parallel.spread import Spread
+from trainer.adapt import blocks, manage_activations, untied_ends
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
 from trainer.determinism import make_deterministic
@@ -77,13 +80,14 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         UserError: model and options do not fit each other.
     """
     activations = manage_activations(cfg.activations, world, model)
+    spread = place(cfg, world, model)
     rounding = "stochastic" if cfg.precision.weights is Dtype.bf16_sr else "nearest"
     try:
-        optimizer = registry.build(cfg.optim, model.named_parameters(), rounding=rounding)
+        optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding)
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
-    engine = make_engine(cfg, world, model, optimizer)
+    engine: Engine = TorchEngine(spread, optimizer)
     in_backward = None
     if cfg.optim.in_backward:
         clip_by = cfg.train.clip_by.value
@@ -100,9 +104,24 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     )
 
 
-def make_engine(cfg: Config, world: World, model: nn.Module, optimizer: Optimizer) -> Engine:
-    """Put the configured engine around model and optimizer."""
-    return TorchEngine(model, optimizer, world, cfg.parallel, in_backward=cfg.optim.in_backward)
+def place(cfg: Config, world: World, model: nn.Module) -> Spread:
+    """Lay the model over the ranks, as `parallel.zero` says.
+
+    Raises:
+        UserError: the model has no blocks to shard by.
+    """
+    layers = [block for _, block in blocks(model)]
+    if cfg.parallel.zero > 1 and not layers:
+        raise UserError(
+            f"parallel.zero={cfg.parallel.zero}: {type(model).__name__} has no blocks (transformers' "
+            "GradientCheckpointingLayer) to gather one after the other. Use parallel.zero=1 or 0."
+        )
+    mixed = cfg.precision.weights is Dtype.fp32 and cfg.precision.compute is Dtype.bf16
+    compute = torch.bfloat16 if mixed else None
+    return spread_over_ranks(
+        model, world, cfg.parallel,
+        blocks=layers, ends=untied_ends(model), compute=compute, in_backward=cfg.optim.in_backward,
+    )  # fmt: skip
 
 
 def build(cfg: Config, world: World) -> Built:

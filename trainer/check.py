@@ -93,7 +93,24 @@ def start_problems(cfg: Config) -> list[str]:
 
 def rank_count_problems(cfg: Config, ranks: int) -> list[str]:
     """Check what depends on the number of ranks."""
-    return batch_problems(cfg, ranks) or two_pass_problems(cfg, ranks)
+    return shard_problems(cfg, ranks) + (batch_problems(cfg, ranks) or two_pass_problems(cfg, ranks))
+
+
+def shard_problems(cfg: Config, ranks: int) -> list[str]:
+    """Replicas must split the ranks, with something left to cut."""
+    parallel, found = cfg.parallel, []
+    if parallel.replicas > 1 and (ranks % parallel.replicas or ranks == parallel.replicas):
+        fitting = [count for count in range(1, ranks // 2 + 1) if ranks % count == 0]
+        found.append(
+            f"parallel.replicas={parallel.replicas}: does not split {ranks} ranks into groups of two or more; use "
+            + (f"parallel.replicas={' or '.join(map(str, fitting))}" if ranks > 1 else "torchrun to start several")
+        )
+    if parallel.zero and cfg.optim.in_backward:
+        found.append(
+            f"optim.in_backward=true: needs whole gradients in its hooks, so parallel.zero={parallel.zero} is not "
+            "available with it; use parallel.zero=0, or optim.in_backward=false"
+        )
+    return found
 
 
 def batch_problems(cfg: Config, ranks: int) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from parallel.collectives import sum_over_ranks
 from parallel.launch import World, connected
+from parallel.shard import reshard
 from trainer.check import check_hardware
 from trainer.cli.compose import load_saved
 from trainer.data import IGNORE
@@ -64,6 +65,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, precision
             sums += torch.tensor([loss, targets, loss / max(targets, 1), targets > 0], dtype=torch.float64)
     finally:
         model.train(was_training)
+        reshard(model)
     loss_sum, targets_sum, means, count = sum_over_ranks(world, sums).tolist()
     return Evaluation(loss_sum / max(targets_sum, 1), int(targets_sum), means / (count + 1))
 

@@ -35,11 +35,12 @@ from offload.pool import TierFull
 from optim import registry
 from parallel.launch import World
 from parallel.pretended import PretendedGroup
-from trainer.build import Trainable, make_engine, make_trainable
+from trainer.build import Trainable, make_trainable, place
 from trainer.data.batch import Batch, StepBatch
 from trainer.data.files import local_path
 from trainer.data.hub import go_offline
 from trainer.data.tokenizer import load_tokenizer, vocabulary_size
+from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.memory import MemoryMeter, Peak, Timeline
 from trainer.model import build_model, check_length, check_vocabulary, first_line, model_config, parameter_count
@@ -101,7 +102,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
             first = count(trainable, 0)
             # Real DDP makes its buckets anew, in the order gradients came, before its second step. It cannot do so
             # here, where it would tell other ranks; made anew with the engine, they are as large.
-            trainable = replace(trainable, engine=make_engine(cfg, world, model, trainable.optimizer))
+            trainable = replace(trainable, engine=TorchEngine(place(cfg, world, model), trainable.optimizer))
             steady = count(trainable, 1)
         except TierFull as error:
             raise UserError(f"{error}. Give it more, or use activations.when_full=keep.") from error

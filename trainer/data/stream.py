@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
+import torch
 
+from trainer.data import IGNORE
 from trainer.data.batch import Batch, StepBatch
 from trainer.data.order import permutation
 from trainer.data.packing import Ints
@@ -154,7 +156,8 @@ def heldout_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of the held-out rows; over all ranks each row comes exactly once.
 
-    Ranks may differ by a row, so by a batch; the last batch may be smaller.
+    All ranks get as many batches, since a sharded model runs on all of them at once: where the shares differ, a rank
+    repeats a row without targets. The last batch with targets may be smaller.
 
     Args:
         limit: rows to measure over all ranks, spread evenly over the held-out rows; 0: all of them.
@@ -162,5 +165,11 @@ def heldout_batches(
     count = min(limit, len(rows)) if limit else len(rows)
     chosen = np.arange(count) * len(rows) // max(count, 1)
     mine = chosen[count * process_rank // process_count : count * (process_rank + 1) // process_count]
-    for at in range(0, len(mine), micro_batch):
-        yield rows.batch(mine[at : at + micro_batch])
+    largest = -(-count // process_count)
+    for at in range(0, largest, micro_batch):
+        some = mine[at : at + micro_batch]
+        yield rows.batch(some) if len(some) else without_targets(rows.batch(chosen[:1]))
+
+
+def without_targets(batch: Batch) -> Batch:
+    return Batch(batch.input_ids, torch.full_like(batch.labels, IGNORE), batch.position_ids)

@@ -1,19 +1,16 @@
-"""The default engine: plain torch, DDP over several ranks."""
+"""The default engine: plain torch, over several ranks DDP or FSDP2."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.optim import Optimizer
 
 from optim.schedule import scale_rates
-from parallel.config import ParallelConfig
-from parallel.launch import World
-from parallel.replicate import replicate, same_weights
+from parallel.spread import Spread
 from trainer.engines.base import Numbers
-from trainer.state import model_tensors, optimizer_numbers, optimizer_tensors, parameter_names, set_numbers
+from trainer.state import model_tensors, optimizer_numbers, optimizer_tensors, set_numbers
 
 
 class TorchEngine:
@@ -22,22 +19,17 @@ class TorchEngine:
     The loop divides each loss by the global target count beforehand, so no engine may average.
 
     Args:
-        in_backward: gradients are summed and stepped by hooks (`optim.in_backward`).
+        optimizer: over the parameters of `spread`.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, world: World, cfg: ParallelConfig, *, in_backward: bool = False
-    ) -> None:
-        self.model = same_weights(model, world) if in_backward else replicate(model, world, cfg)
+    def __init__(self, spread: Spread, optimizer: Optimizer) -> None:
+        self.spread = spread
+        self.model = spread.model
         self.optimizer = optimizer
-        self._owner = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
-        """Return the context of one micro-step; only the `last` of a step exchanges gradients."""
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return self.model.no_sync()
+        """Return the context of one micro-step; `last` is that of the step."""
+        return self.spread.accumulating(last)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this micro-step's share of the loss."""
@@ -45,37 +37,41 @@ class TorchEngine:
 
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, a device scalar; the same on every rank."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return self.spread.gradient_norm()
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Scale all gradients down to `max_norm`, given their `norm`."""
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        gradients = self.spread.gradients()
+        # as torch.nn.utils.clip_grads_with_norm_ does, which cannot scale DTensors by a plain number on their device
+        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
     def clip_each(self, max_norm: float) -> None:
         """Scale each gradient down to `max_norm` by its own norm."""
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                own = torch.nn.utils.get_total_norm([parameter.grad])
-                torch.nn.utils.clip_grads_with_norm_(parameter, max_norm, own)
+        norms = self.spread.gradient_norms()
+        torch._foreach_mul_(self.spread.gradients(), list(torch.clamp(max_norm / (norms + 1e-6), max=1.0)))
 
     def update(self, multiplier: float) -> None:
         """Step the weights at `multiplier` times each group's own learning rate."""
         scale_rates(self.optimizer, multiplier)
+        self.spread.before_update()
         self.optimizer.step()
+        self.spread.after_update()
 
     def clear_gradients(self) -> None:
         """Free the gradients (DDP's buckets stay, as views of them are what `.grad` is)."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.spread.clear_gradients()
 
     def tensors(self) -> dict[str, Any]:
         """Weights and optimizer states, as `trainer.state` names them."""
-        names = parameter_names(self._owner)
-        return {**model_tensors(self._owner), **optimizer_tensors(self.optimizer, names)}
+        return {**model_tensors(self.spread.owner), **optimizer_tensors(self.optimizer, self._names())}
 
     def numbers(self) -> Numbers:
         """State numbers of all parameters."""
-        return optimizer_numbers(self.optimizer, parameter_names(self._owner))
+        return optimizer_numbers(self.optimizer, self._names())
 
     def loaded(self, numbers: Numbers) -> None:
         """Put saved state numbers into the optimizer; tensors were read in place."""
-        set_numbers(self.optimizer, parameter_names(self._owner), numbers)
+        set_numbers(self.optimizer, self._names(), numbers)
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.spread.named_parameters()}

@@ -1,0 +1,42 @@
+"""Choose how a model lies over the ranks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from parallel.config import ParallelConfig
+from parallel.launch import World
+from parallel.mesh import make_grid
+from parallel.replicate import Replicas, SameWeights
+from parallel.row_states import RowStates
+from parallel.shard import Shards
+from parallel.spread import Spread
+
+
+def spread(
+    model: nn.Module,
+    world: World,
+    cfg: ParallelConfig,
+    *,
+    blocks: Sequence[nn.Module],
+    ends: Sequence[nn.Module],
+    compute: torch.dtype | None,
+    in_backward: bool = False,
+) -> Spread:
+    """Lay `model` over the ranks as `cfg.zero` says. Every rank calls it, before the optimizer is built.
+
+    Args:
+        blocks, ends, compute: as `Shards` takes them; stages 0 and 1 do not ask.
+        in_backward: hooks sum and step the gradients, while backward runs.
+    """
+    if world.process_count == 1:
+        return Spread(model)
+    if in_backward:
+        return SameWeights(model, world)
+    if cfg.zero == 0:
+        return Replicas(model, world, cfg)
+    grid = make_grid(world, cfg)
+    if cfg.zero == 1:
+        return RowStates(model, world, cfg, grid)
+    return Shards(model, blocks, ends, cfg, grid, compute)

@@ -1,0 +1,88 @@
+"""ZeRO stages 2 and 3: weights, gradients and states cut into rows, by torch's FSDP2.
+
+Blocks, embedding and head are gathered and reduced each as a unit; what is left (the last norm, a tied embedding) is
+one more. Gradients are added up in fp32 at least, and summed, never averaged.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from parallel.config import Accumulate, ParallelConfig
+from parallel.dtensor import local
+from parallel.mesh import Grid
+from parallel.spread import Spread, norms_of
+
+
+class Shards(Spread):
+    """Each rank holds rows of every parameter, as DTensors; they take the place of the model's own.
+
+    Args:
+        blocks: the layers of the model, in the order they run.
+        ends: embedding and head, if they share no weight.
+        compute: dtype of gathered weights in blocks and head; None: as stored. The embedding is gathered as stored, so
+            that the residual stream keeps its precision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        ends: Sequence[nn.Module],
+        cfg: ParallelConfig,
+        grid: Grid,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        reduce = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        stored = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+        cast = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+        again = cfg.zero == 3
+        for block in blocks:
+            fully_shard(block, mesh=grid.mesh, mp_policy=cast, reshard_after_forward=again)
+        for module in ends:
+            embeds = isinstance(module, nn.Embedding)
+            # A head's backward follows its forward at once: resharding it in between would gather it twice for nothing.
+            fully_shard(
+                module, mesh=grid.mesh, mp_policy=stored if embeds else cast, reshard_after_forward=again and embeds
+            )
+            if embeds:
+                module.set_unshard_in_backward(False)  # type: ignore[operator]  # its gradient needs no weight
+        fully_shard(model, mesh=grid.mesh, mp_policy=stored, reshard_after_forward=False)
+        for unit in units(model):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a scaled sum, which it lacks
+        super().__init__(model)
+        self.grid = grid
+        self._root: FSDPModule = model  # type: ignore[assignment]
+        self._local = cfg.accumulate is Accumulate.local
+        self._replicas = cfg.replicas > 1
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        if self._local:
+            self._root.set_requires_gradient_sync(last)
+        elif self._replicas:
+            self._root.set_requires_all_reduce(last)
+        return nullcontext()
+
+    def gradients(self) -> list[Tensor]:
+        return [local(p.grad) for p in self.trainable.values() if p.grad is not None]
+
+    def gradient_norms(self) -> Tensor:
+        squares = norms_of(self.gradients()).square()
+        dist.all_reduce(squares, group=self.grid.shards)
+        return squares.sqrt()
+
+
+def units(model: nn.Module) -> list[FSDPModule]:
+    """Modules whose parameters are gathered together; none where the model is not sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights gathered for a forward that no backward follows."""
+    for unit in units(model):
+        unit.reshard()

@@ -1,0 +1,70 @@
+"""How a model's weights, gradients and states lie over the ranks: the interface of ZeRO's stages.
+
+    zero   weights      gradients    states       by
+    0      whole        whole        whole        DDP                              replicate.py
+    1      whole        whole        cut in rows  DDP, rows gathered after a step  row_states.py
+    2      cut in rows  cut in rows  cut in rows  FSDP2, gathered once a step      shard.py
+    3      cut in rows  cut in rows  cut in rows  FSDP2, gathered block by block   shard.py
+
+Whatever the stage, gradients are sums over ranks and micro-steps, and what the optimizer steps has the model's names
+and global shapes.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+class Spread:
+    """A model on one process. The base of the others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        """What is called with a micro-batch: the model, or torch's wrapper around it."""
+        self.owner = model
+        """The module that has the parameters."""
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """What the optimizer steps, by the model's own names: plain parameters, or DTensors of rows."""
+        return self.owner.named_parameters()
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """Return the context of one micro-step; `last` is that of the step."""
+        return nullcontext()
+
+    def gradients(self) -> list[Tensor]:
+        """Plain tensors of this rank's part of the gradients; writing to them changes what the optimizer sees."""
+        return [p.grad for p in self.trainable.values() if p.grad is not None]
+
+    def gradient_norms(self) -> Tensor:
+        """2-norm of each of the whole gradients, in the order of `gradients`; (count,) on the device."""
+        return norms_of(self.gradients())
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of all gradients, a scalar on the device, the same on every rank."""
+        norm: Tensor = torch.linalg.vector_norm(self.gradient_norms())
+        return norm
+
+    def before_update(self) -> None:
+        """Hand the gradients to the optimizer's parameters."""
+
+    def after_update(self) -> None:
+        """Make the weights whole again, where the optimizer stepped a part."""
+
+    def clear_gradients(self) -> None:
+        """Free the gradients."""
+        for p in self.trainable.values():
+            p.grad = None
+
+
+def norms_of(parts: list[Tensor]) -> Tensor:
+    """2-norm of each tensor, at least in fp32; (count,). Empty ones have a norm of 0."""
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    norms = parts[0].new_zeros(len(parts), dtype=wide)
+    held = [index for index, part in enumerate(parts) if part.numel()]
+    if held:
+        norms[held] = torch.stack(torch._foreach_norm([parts[index] for index in held], 2, dtype=wide))
+    return norms

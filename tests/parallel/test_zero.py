@@ -1,0 +1,94 @@
+"""Training under every stage of ZeRO is training in one process: same losses, gradients, norms, weights, states."""
+
+import warnings
+
+import pytest
+import torch
+
+from tests.parallel.sharded import Outcome, on_each_rank, train_each
+
+STAGES = [f"parallel.zero={zero}" for zero in range(4)]
+VARIANTS = {
+    "plain": ["train.micro_batch=3"],
+    "tied": ["model.tie_embeddings=true"],
+    "recompute": ["activations=recompute"],
+    "sgd": ["optim=sgd", "optim.lr=0.1"],
+}
+"""What is compared with the same in one process."""
+LAYOUTS = {
+    "local accumulation": ["train.micro_batch=1", "parallel.zero=3", "parallel.accumulate=local"],
+    "local accumulation, stage 2": ["train.micro_batch=1", "parallel.zero=2", "parallel.accumulate=local"],
+}
+"""What is compared with the plain run in one process."""
+
+
+def largest(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any value, as part of the largest value of its tensor."""
+    assert found.keys() == wanted.keys()
+    return max(((found[k] - wanted[k]).abs().max() / wanted[k].abs().max()).item() for k in wanted)
+
+
+def assert_equal(found: list[Outcome], wanted: Outcome, bound: float, what: str) -> None:
+    for rank, one in enumerate(found):
+        where = f"{what}, rank {rank} of {len(found)}"
+        assert largest(one.first_gradients, wanted.first_gradients) < bound, where
+        assert largest(one.weights, wanted.weights) < bound, where
+        assert largest(one.states, wanted.states) < bound, where
+        assert one.norms == pytest.approx(wanted.norms, rel=bound), where
+    summed = [sum(each) for each in zip(*(one.losses for one in found), strict=True)]
+    assert summed == pytest.approx(wanted.losses, rel=bound), what
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Outcome]:
+    found = dict(zip(VARIANTS, train_each(list(VARIANTS.values())), strict=True))
+    assert min(found["plain"].norms) > 0.2, "clipping must be at work in every step"
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_stage_trains_as_one_process_does(count: int, alone: dict[str, Outcome]) -> None:
+    """fp64, AdamW with clipping and accumulation, rows that do not split evenly."""
+    cases = {f"plain, {stage}": [*VARIANTS["plain"], stage] for stage in STAGES[1:]}
+    if count == 2:
+        cases = {f"{name}, {stage}": [*VARIANTS[name], stage] for name in VARIANTS for stage in STAGES[1:]}
+    cases |= LAYOUTS
+    if count == 4:
+        cases |= {f"replicas, {stage}": [stage, "parallel.replicas=2"] for stage in STAGES[1:]}
+        cases["replicas, local"] = ["parallel.zero=3", "parallel.replicas=2", "parallel.accumulate=local"]
+    ranks = on_each_rank(count, train_each, list(cases.values()))
+    for index, what in enumerate(cases):
+        wanted = alone.get(what.partition(",")[0], alone["plain"])
+        assert_equal([rank[index] for rank in ranks], wanted, 1e-9, what)
+
+
+def test_fp32_drifts_no_further_under_sharding_than_under_replication() -> None:
+    (wanted,) = train_each([["precision=fp32"]])
+    ranks = on_each_rank(2, train_each, [["precision=fp32", stage] for stage in STAGES])
+    drifts = []
+    for index, stage in enumerate(STAGES):
+        found = [rank[index] for rank in ranks]
+        assert largest(found[0].first_gradients, wanted.first_gradients) < 1e-5, stage
+        drifts.append(largest(found[0].weights, wanted.weights))
+    assert max(drifts) < 3 * drifts[0] + 1e-6, drifts
+
+
+def test_bf16_products_under_sharding_are_those_of_autocast_but_for_norm_weights() -> None:
+    """FSDP2 gathers a block's weights in bf16, its norms' included, which autocast leaves in fp32. A norm's weight is
+    1 at first, so the first loss is the same; afterwards bf16's own rounding is as large."""
+    (wanted,) = train_each([["precision=bf16"]])
+    ranks = on_each_rank(2, train_each, [["precision=bf16", stage] for stage in STAGES])
+    for index, stage in enumerate(STAGES):
+        losses = [sum(each) for each in zip(*(rank[index].losses for rank in ranks), strict=True)]
+        assert losses[0] == pytest.approx(wanted.losses[0], rel=1e-6), stage
+        assert losses == pytest.approx(wanted.losses, rel=2e-3), stage
+        assert ranks[0][index].weights["model/lm_head.weight"].dtype is torch.float32
+        assert ranks[0][index].first_gradients["lm_head.weight"].dtype is torch.float32
+        assert largest(ranks[0][index].first_gradients, wanted.first_gradients) < 0.02, stage
+
+
+def test_one_process_has_nothing_to_shard(alone: dict[str, Outcome]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = train_each([["parallel.zero=3"]], steps=2)
+    assert found.losses == alone["plain"].losses[:2]
