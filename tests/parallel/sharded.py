@@ -25,7 +25,7 @@ VOCABULARY, LENGTH = 259, 16
 BASE = [
     "model.hidden_size=16", "model.intermediate_size=36", "model.layers=2", "model.heads=4", "model.kv_heads=2",
     f"model.vocab_size={VOCABULARY}", f"data.sequence_length={LENGTH}", "train.steps=20", "train.global_batch=12",
-    "train.micro_batch=2", "train.clip_norm=0.2", "schedule=constant", "optim=adamw", "optim.lr=0.01",
+    "train.micro_batch=1", "train.clip_norm=0.2", "schedule=constant", "optim=adamw", "optim.lr=0.01",
     "precision=fp64", "run.device=cpu", "run.threads=1",
 ]  # fmt: skip
 """Uneven on purpose: 259, 36 and 16 rows do not all split over 2, 3 or 4 ranks."""
@@ -70,9 +70,18 @@ def make(overrides: list[str], world: World) -> Trainable:
     return make_trainable(cfg, world, model)
 
 
+TORCH = "torch.optim.AdamW"
+"""In place of an override: step the same parameters with torch's own AdamW."""
+
+
 def train(overrides: list[str], world: World, steps: int = 20) -> Outcome:
     """Train from scratch for some steps."""
-    built = make(overrides, world)
+    built = make([override for override in overrides if override != TORCH], world)
+    if TORCH in overrides:
+        groups = [{**group, "params": group["params"]} for group in built.optimizer.param_groups]
+        kept = ("params", "lr", "betas", "eps", "weight_decay")
+        torchs = torch.optim.AdamW([{key: group[key] for key in kept} for group in groups], fused=True)
+        built.engine.optimizer = torchs  # type: ignore[attr-defined]
     seed_all(0, world.process_rank)
     losses, norms, first = [], [], {}
     update = built.engine.update

@@ -5,19 +5,19 @@ import warnings
 import pytest
 import torch
 
-from tests.parallel.sharded import Outcome, on_each_rank, train_each
+from tests.parallel.sharded import TORCH, Outcome, on_each_rank, train_each
 
 STAGES = [f"parallel.zero={zero}" for zero in range(4)]
 VARIANTS = {
-    "plain": ["train.micro_batch=3"],
+    "plain": [],
     "tied": ["model.tie_embeddings=true"],
     "recompute": ["activations=recompute"],
     "sgd": ["optim=sgd", "optim.lr=0.1"],
 }
 """What is compared with the same in one process."""
 LAYOUTS = {
-    "local accumulation": ["train.micro_batch=1", "parallel.zero=3", "parallel.accumulate=local"],
-    "local accumulation, stage 2": ["train.micro_batch=1", "parallel.zero=2", "parallel.accumulate=local"],
+    "local accumulation": ["parallel.zero=3", "parallel.accumulate=local"],
+    "local accumulation, stage 2": ["parallel.zero=2", "parallel.accumulate=local"],
 }
 """What is compared with the plain run in one process."""
 
@@ -49,7 +49,7 @@ def alone() -> dict[str, Outcome]:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_every_stage_trains_as_one_process_does(count: int, alone: dict[str, Outcome]) -> None:
     """fp64, AdamW with clipping and accumulation, rows that do not split evenly."""
-    cases = {f"plain, {stage}": [*VARIANTS["plain"], stage] for stage in STAGES[1:]}
+    cases = {f"plain, {stage}": [stage] for stage in STAGES[1:]}
     if count == 2:
         cases = {f"{name}, {stage}": [*VARIANTS[name], stage] for name in VARIANTS for stage in STAGES[1:]}
     cases |= LAYOUTS
@@ -62,15 +62,16 @@ def test_every_stage_trains_as_one_process_does(count: int, alone: dict[str, Out
         assert_equal([rank[index] for rank in ranks], wanted, 1e-9, what)
 
 
-def test_fp32_drifts_no_further_under_sharding_than_under_replication() -> None:
-    (wanted,) = train_each([["precision=fp32"]])
-    ranks = on_each_rank(2, train_each, [["precision=fp32", stage] for stage in STAGES])
-    drifts = []
+def test_fp32_drifts_no_further_than_torchs_own_adamw_under_the_same_sharding() -> None:
+    """Summing micro-batches in another order changes the last digits of a gradient, and Adam divides by its size."""
+    ours, torchs = train_each([["precision=fp32"], ["precision=fp32", TORCH]])
+    cases = [["precision=fp32", stage, *more] for stage in STAGES for more in ([], [TORCH])]
+    ranks = on_each_rank(2, train_each, cases)
     for index, stage in enumerate(STAGES):
-        found = [rank[index] for rank in ranks]
-        assert largest(found[0].first_gradients, wanted.first_gradients) < 1e-5, stage
-        drifts.append(largest(found[0].weights, wanted.weights))
-    assert max(drifts) < 3 * drifts[0] + 1e-6, drifts
+        sharded, reference = ranks[0][2 * index], ranks[0][2 * index + 1]
+        assert largest(sharded.first_gradients, ours.first_gradients) < 1e-5, stage
+        drift, usual = largest(sharded.weights, ours.weights), largest(reference.weights, torchs.weights)
+        assert drift <= 1.1 * usual + 1e-6, f"{stage}: {drift}, torch's {usual}"
 
 
 def test_bf16_products_under_sharding_are_those_of_autocast_but_for_norm_weights() -> None:

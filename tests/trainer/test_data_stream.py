@@ -154,11 +154,18 @@ def test_each_held_out_row_is_measured_exactly_once(count: int, ranks: int, micr
         number
         for rank in range(ranks)
         for batch in heldout_batches(rows, micro_batch=micro, process_rank=rank, process_count=ranks, limit=limit)
-        for number in batch.input_ids[:, 0].tolist()
+        for number in batch.input_ids[(batch.labels != IGNORE).any(1), 0].tolist()
     ]
     assert len(seen) == len(set(seen)) == (min(limit, count) if limit else count)
     alone = [b.input_ids[:, 0].tolist() for b in heldout_batches(rows, micro_batch=count, limit=limit)]
     assert sorted(seen) == sorted(sum(alone, []))
+
+
+def test_all_ranks_get_as_many_held_out_batches() -> None:
+    """A sharded model's forward runs on all of them at once."""
+    rows, ranks = make_rows(7), range(5)
+    counts = {len(list(heldout_batches(rows, micro_batch=1, process_rank=r, process_count=5))) for r in ranks}
+    assert counts == {2}
 
 
 def test_a_limit_spreads_over_all_held_out_rows() -> None:
