@@ -13,6 +13,7 @@ Paper: Shazeer, Stern 2018, arXiv:1804.04235, algorithm 4. Left out: relative st
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,38 +23,67 @@ from optim.base import Group, State, state_dtype
 from optim.codec import codec_for
 from optim.compose import ComposedOptimizer
 from optim.rules import Moment, Rule, Stepped
+from optim.sharded import Job, Sums, new_tensors, together
+from parallel.dtensor import Layout
 
 DEAD = 1e-30
 """Added to squares: a dead row would divide by zero (eps1 of the paper)."""
 
 
 def adafactor_direction(
-    grad: Tensor, second: Sequence[Tensor], *, step: int, decay_rate: float, clip_threshold: float
-) -> Tensor:
-    """U before the learning rate, `second` updated in place: (row, col) for two dims and more, or (v,) for less."""
+    grad: Tensor, second: Sequence[Tensor], layout: Layout, *, step: int, decay_rate: float, clip_threshold: float
+) -> Sums:
+    """Return U before the learning rate; asks for sums over ranks where the tensor is sharded.
+
+    Args:
+        grad: this rank's part of a tensor of `layout`.
+        second: updated in place; (row, col) for two dims and more, or (v,) for less.
+    """
     fresh = step**-decay_rate
     squares = grad.square().add_(DEAD)
     if len(second) == 2:
         row, col = second
-        row.lerp_(squares.mean(-1, keepdim=True), fresh)
-        col.lerp_(squares.mean(-2, keepdim=True), fresh)
-        update = grad * (row / row.mean(-2, keepdim=True)).rsqrt_() * col.rsqrt()
+        rows, cols = yield from _means(squares, layout)
+        row.lerp_(rows, fresh)
+        col.lerp_(cols, fresh)
+        # Both means follow the mean of all squares; the one that is whole on this rank needs no sum.
+        level = col.mean(-1, keepdim=True) if layout.dim == grad.dim() - 2 else row.mean(-2, keepdim=True)
+        update = grad * (row / level).rsqrt_() * col.rsqrt()
     else:
         second[0].lerp_(squares, fresh)
         update = grad * second[0].rsqrt()
-    rms = torch.linalg.vector_norm(update) / math.sqrt(max(update.numel(), 1))
+    norm = torch.linalg.vector_norm(update)
+    if not layout.whole:
+        norm = (yield norm.square_()).sqrt_()
+    rms = norm / math.sqrt(max(math.prod(layout.shape), 1))
     return update.div_((rms / clip_threshold).clamp_(min=1.0))
+
+
+def _means(squares: Tensor, layout: Layout) -> Sums:
+    """Means over the last dim and over the one before, of which one may be sharded."""
+    if layout.dim == squares.dim() - 1:
+        return (yield squares.sum(-1, keepdim=True)) / layout.shape[-1], squares.mean(-2, keepdim=True)
+    rows = squares.mean(-1, keepdim=True)
+    if layout.dim == squares.dim() - 2:
+        return rows, (yield squares.sum(-2, keepdim=True)) / layout.shape[-2]
+    return rows, squares.mean(-2, keepdim=True)
 
 
 class AdafactorRule(Rule):
     moments = (Moment("exp_avg", signed=True, power=1),)
     turns = False
 
-    def new_state(self, like: Tensor, shape: Sequence[int], group: Group) -> State:
+    def new_state(self, like: Tensor, layout: Layout, group: Group) -> State:
         wide = state_dtype(like.dtype)
-        second = {key: like.new_zeros(size, dtype=wide) for key, size in _second(shape).items()}
-        first = codec_for(group["states"], shape).new("exp_avg", like, shape, wide) if group["beta1"] else {}
-        return {"step": 0} | second | first
+        state: dict[str, Any] = {"step": 0}
+        for key, size in _second(layout.shape).items():
+            over = {"row": len(size) - 1, "col": len(size) - 2}.get(key)  # means over the sharded dim are replicated
+            place = layout.like(size, None if layout.dim == over else layout.dim)
+            state |= new_tensors(partial(_zeros, key, wide), like, place)
+        if group["beta1"]:
+            codec = codec_for(group["states"], layout.shape)
+            state |= new_tensors(partial(codec.new, "exp_avg", wide=wide), like, codec.home(layout))
+        return state
 
     def state_bytes(self, shape: Sequence[int], group: Group, dtype: torch.dtype) -> int:
         wide = state_dtype(dtype)
@@ -61,27 +91,40 @@ class AdafactorRule(Rule):
         return second + (codec_for(group["states"], shape).nbytes(shape, wide) if group["beta1"] else 0)
 
     def step_(self, items: list[Stepped], group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> None:
-        for item in items:
-            self._step_one(item, group, lr, weight_decay)
+        together(
+            Job(
+                item.layout,
+                self.stepping(item, group, lr=lr, weight_decay=weight_decay),
+                2 * math.prod(item.layout.shape),
+            )
+            for item in items
+        )
 
-    def _step_one(self, item: Stepped, group: Group, lr: float, weight_decay: float) -> None:
-        state, p = item.state, item.param
+    def stepping(self, item: Stepped, group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> Sums:
+        state, p, layout = item.state, item.param, item.layout
         state["step"] += 1
         wide = state_dtype(p.dtype)
-        update = adafactor_direction(
-            item.grad.to(wide), [state[key] for key in _second(p.shape)], step=state["step"],
+        update = yield from adafactor_direction(
+            item.grad.to(wide), [state[key] for key in _second(layout.shape)], layout, step=state["step"],
             decay_rate=group["decay_rate"], clip_threshold=group["clip_threshold"],
-        ).mul_(lr)  # fmt: skip
+        )  # fmt: skip
+        update.mul_(lr)
         if group["beta1"]:
-            codec = codec_for(group["states"], p.shape)
+            codec = codec_for(group["states"], layout.shape)
+            home = codec.home(layout)
             first = codec.read(state, "exp_avg", slice(None), wide, signed=True)
-            first.view(p.shape).lerp_(update, 1.0 - group["beta1"])
+            values = first.view(home.local_shape)
+            values.lerp_(update if home.dim == layout.dim else layout.move(update, 0), 1.0 - group["beta1"])
             codec.write(state, "exp_avg", slice(None), first, signed=True)
-            update = first.view(p.shape)
+            update = values if home.dim == layout.dim else home.move(values, 1)
         if p.dtype == wide:
             p.mul_(1.0 - lr * weight_decay).sub_(update)
         else:
             item.store(p, p.to(wide).mul_(1.0 - lr * weight_decay).sub_(update))
+
+
+def _zeros(key: str, dtype: torch.dtype, like: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+    return {key: like.new_zeros(tuple(shape), dtype=dtype)}
 
 
 def _second(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ inside rows; s and z take two bytes each. Two codes a byte, the first in the upp
 Paper: Zhang et al. 2024, arXiv:2407.08296, section 3.1 (whose code stores one code a byte).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ class Affine4(Blocks):
             raise ValueError(f"{key} of shape {tuple(shape)}: 4-bit groups need a matrix")
         return super().new(key, like, shape, wide)
 
-    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
         scale, zero = (state[key + suffix][rows].to(wide) for suffix in self.extra)
         values = unpack(state[key][rows]).to(wide)
         for blocks, part in self.parts(values):
             part.sub_(zero[:, blocks, None]).mul_(scale[:, blocks, None])
         return values
 
-    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+    def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
         scale, zero = (state[key + suffix][rows] for suffix in self.extra)
         codes = torch.empty_like(values)
         for (blocks, part), (_, out) in zip(self.parts(values), self.parts(codes), strict=True):

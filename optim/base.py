@@ -6,14 +6,16 @@ states made at construction (so that a checkpoint always holds them and needs no
 torch's cast of every state to its parameter's dtype.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-State = dict[str, Any]
+from optim.sharded import copy_whole_
+
+State = MutableMapping[str, Any]
 """Of one parameter: tensors and Python numbers only, so that `torch.load(weights_only=True)` reads it."""
 Group = dict[str, Any]
 """Of some parameters: `params`, `param_names` where given, and every hyper-parameter."""
@@ -227,7 +229,7 @@ def _copy_state(held: State, saved: State) -> None:
         if key not in saved:
             continue  # a number added since the checkpoint was written
         if isinstance(value, Tensor):
-            value.copy_(saved[key])
+            copy_whole_(value, saved[key])
         else:
             held[key] = type(value)(saved[key])
 

@@ -16,19 +16,21 @@ Papers: Dettmers et al. 2022, arXiv:2110.02861; Li et al. 2023, arXiv:2309.01507
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.codebook import book
+from parallel.dtensor import Layout
 
 SMALLEST = 4096
 """Values from which a tensor is quantized; bitsandbytes and torchao draw the line there too."""
 E4M3_MAX = 448.0
 EXPANSION_RANGE = math.log2(E4M3_MAX**2 / 2)
 """log2 of the dynamic range that COAT's code stretches a block to (specs: code, not paper)."""
+LN2 = math.log(2.0)
 TINY = 1e-37
 """Smallest divisor whose inverse is finite in fp32."""
 
@@ -52,11 +54,15 @@ class Codec:
         """Bytes that `new` allocates."""
         return math.prod(shape) * (self.dtype or wide).itemsize
 
-    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def home(self, layout: Layout) -> Layout:
+        """How a state of a tensor of `layout` is sharded: as the tensor, unless that would cut a block."""
+        return layout
+
+    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
         """Decoded values of some rows."""
         return rows_of(state[key], rows).to(wide)
 
-    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+    def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
         """Encode values of some rows, in the shape of `read`."""
         rows_of(state[key], rows).copy_(values)
 
@@ -66,10 +72,10 @@ class Plain(Codec):
 
     in_place = True
 
-    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
         return rows_of(state[key], rows)
 
-    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+    def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
         pass
 
 
@@ -95,6 +101,13 @@ class Blocks(Codec):
         numbers = {key + suffix: like.new_zeros(blocks, dtype=self.extra_dtype) for suffix in self.extra}
         return {key: like.new_zeros(codes, dtype=torch.uint8)} | numbers
 
+    def home(self, layout: Layout) -> Layout:
+        """Rows stay whole where shards of columns would end inside a block."""
+        if layout.dim in (None, 0):
+            return layout
+        whole_blocks = len(layout.shape) == 2 and -(-layout.shape[1] // layout.count) % self.block == 0
+        return layout if whole_blocks else layout.like(layout.shape, 0)
+
     def nbytes(self, shape: Sequence[int], wide: torch.dtype) -> int:
         codes, blocks = self.shapes(shape)
         return math.prod(codes) + self.extra_dtype.itemsize * len(self.extra) * math.prod(blocks)
@@ -111,20 +124,21 @@ class Blocks(Codec):
 class Dynamic(Blocks):
     """8 or 4 bits: the nearest value of a code book times the largest magnitude of the block."""
 
-    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
         codes, scale = state[key][rows], state[key + "_scale"][rows]
         table = book(self.bits, signed, codes)
         if self.bits == 8:
             values = table.decode(codes).view(codes.shape)
         else:
-            values = table.decode(unpack(codes)).view(len(codes), -1)
+            single = unpack(codes)
+            values = table.decode(single).view(single.shape)
         for blocks, part in self.parts(values):
             part.mul_(scale[:, blocks, None])
         return values.to(wide)
 
-    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+    def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
         codes, scale = state[key][rows], state[key + "_scale"][rows]
-        flat = values.reshape(len(values), -1)
+        flat = values.flatten(1)
         unit = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
         for (blocks, part), (_, out) in zip(self.parts(flat), self.parts(unit), strict=True):
             largest = (torch.maximum(part.amax(-1), -part.amin(-1)) if signed else part.amax(-1)).float()
@@ -145,23 +159,23 @@ class Expanded(Blocks):
 
     extra = ("_scale", "_power")
 
-    def read(self, state: dict[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
         codes, scale, power = (state[key + suffix][rows] for suffix in ("", *self.extra))
         every = torch.arange(256, dtype=torch.uint8, device=codes.device)
         logs = every.view(torch.float8_e4m3fn).float().abs().div_(E4M3_MAX).log2_()  # torch's cast takes 10 ns a value
         values = logs.index_select(0, codes.reshape(-1).int()).view(codes.shape)
         for blocks, part in self.parts(values):
-            part.mul_(power[:, blocks, None].reciprocal())
-        values.exp2_()
+            part.mul_(power[:, blocks, None].reciprocal().mul_(LN2))
+        values.exp_()  # torch's exp2 rounds a value by where it stands, and shards would differ from the whole
         for blocks, part in self.parts(values):
             part.mul_(scale[:, blocks, None])
         if signed:
             values.copysign_(codes.view(torch.int8))
         return values.to(wide)
 
-    def write(self, state: dict[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
+    def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
         codes, scale, power = (state[key + suffix][rows] for suffix in ("", *self.extra))
-        flat = values.reshape(len(values), -1)
+        flat = values.flatten(1)
         unit = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
         for (blocks, part), (_, out) in zip(self.parts(flat), self.parts(unit), strict=True):
             torch.abs(part, out=out) if part.dtype == out.dtype else out.copy_(part.abs())
@@ -170,8 +184,8 @@ class Expanded(Blocks):
             smallest = torch.where(out == 0, largest.unsqueeze(-1), out).amin(-1)
             k = expansion(largest, smallest)
             scale[:, blocks], power[:, blocks] = largest, k
-            out.mul_(largest.clamp(min=TINY).reciprocal().unsqueeze(-1)).log2_().mul_(k.unsqueeze(-1))
-        unit.exp2_().mul_(E4M3_MAX).clamp_(max=E4M3_MAX)  # torch's cast makes NaN of more
+            out.mul_(largest.clamp(min=TINY).reciprocal().unsqueeze(-1)).log2_().mul_((k * LN2).unsqueeze(-1))
+        unit.exp_().mul_(E4M3_MAX).clamp_(max=E4M3_MAX)  # torch's cast makes NaN of more
         if signed:
             unit.copysign_(flat)
         codes.copy_(unit.to(torch.float8_e4m3fn).view(torch.uint8))

@@ -6,21 +6,25 @@ A group without a `rank`, and every tensor that is not a matrix, takes the rule 
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from optim.base import Group, MemoryOptimizer, State, read, state_dtype
-from optim.codec import CODECS, PLAIN, codec_for
+from optim.codec import CODECS
 from optim.lift import LIFTS
-from optim.projection import project
 from optim.rounding import Store, stochastic
 from optim.rules import AdamRule, Rule, Stepped
+from optim.sharded import Job, LocalState, Sums, sum_parts, together
 from optim.subspace import Subspace, check_subspace
+from parallel.dtensor import Layout, local
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +67,10 @@ class ComposedOptimizer(MemoryOptimizer):
 
     `skipped` counts updates left out because a matrix's gradient was not finite: its weight, moments and basis stay
     as they were, and a refresh that was due is made at the next step. The trainer finds such gradients before any
-    optimizer runs; this guards other loops, at the price of one read per matrix from the device.
+    optimizer runs; this guards other loops, at the price of one read per matrix from the device. Sharded parameters
+    of all kinds are guarded, with one sum over the ranks and one read for a group: none of them steps a part.
+
+    A parameter may be a DTensor (FSDP2): it is stepped shard by shard, with the same result.
     """
 
     rule: Rule = AdamRule()
@@ -71,6 +78,9 @@ class ComposedOptimizer(MemoryOptimizer):
     choices: dict[str, Any] = SUBSPACE_DEFAULTS
     """Options of the class beyond DEFAULTS, with what it chooses where the user does not."""
     skipped: int = 0
+    shard_group: dist.ProcessGroup | None = None
+    """Process group for what the ranks that share a parameter tell each other, where it must not be the mesh's own:
+    in hooks that run while that is busy with gradients. It has the same ranks in the same order."""
 
     def __init__(self, params: Any, defaults: Group, options: Group) -> None:
         known = DEFAULTS | self.choices
@@ -99,53 +109,58 @@ class ComposedOptimizer(MemoryOptimizer):
         check_subspace(group, self.lift_of(group), self.rule)
 
     def init_state(self, p: Tensor, group: Group) -> State:
-        if isinstance(p, DTensor) and (_projected(p.shape, group) or codec_for(group["states"], p.shape) is not PLAIN):
-            raise ValueError(
-                f"{self.name_of(p)} is sharded ({p.placements}), and {type(self).__name__} cannot step shards with "
-                f"rank={group.get('rank')}, states={group['states']}. Use parallel.zero=0 or optim=adamw."
-            )
+        layout = self._layout(p)
         if not _projected(p.shape, group):
-            return self.rule.new_state(p, p.shape, group)
+            return self.rule.new_state(local(p), layout, group)
+        if not layout.whole and group.get("compat") == "authors" and group["refresh"] == "svd":
+            raise ValueError(
+                f"{self.name_of(p)} is sharded, and compat='authors' with refresh='svd' follows the signs of the "
+                "solver on the whole gradient, which no rank has. Use compat='torch', or parallel.zero=0."
+            )
         return self.matrix_state(p, group)
 
     def matrix_state(self, p: Tensor, group: Group) -> State:
         """State of a projected matrix."""
-        subspace = Subspace(p.shape, group)
-        state = self.rule.new_state(p, subspace.low_shape, group) | subspace.new_state(p)
+        subspace = Subspace(p.shape, group, self._layout(p))
+        p = local(p)
+        state = {**self.rule.new_state(p, subspace.low, group), **subspace.new_state(p)}
         if LIFTS[self.lift_of(group)].limited:
             state["growth"] = p.new_zeros((), dtype=state_dtype(p.dtype))
         return state
 
     def update(self, params: list[Tensor], group: Group) -> None:
-        plain, projected = [], []
+        named = []
         for p, name in self._named(params, group):
-            store = self._store(p, name, group)
             if p in self.reduced:
-                self._step_reduced(p, self.reduced.pop(p), store, group)
+                item = self._stepped(p, self.reduced.pop(p), name, group)
+                together([Job(item.layout, self._step_reduced(item, group), item.grad.numel())])
                 continue
             assert p.grad is not None, "update() is given parameters with gradients"
-            if _projected(p.shape, group):
-                projected.append((Stepped(p, p.grad, self.state[p], store), name))
-            else:
-                plain.append(Stepped(p, p.grad, self.state[p], store))
+            named.append((self._stepped(p, p.grad, name, group), name))
+        named = self._without_non_finite(named)
+        plain = [item for item, _ in named if not _projected(item.layout.shape, group)]
+        projected = [(item, name) for item, name in named if _projected(item.layout.shape, group)]
         if plain:
             self.rule.step_(plain, group, lr=group["lr"], weight_decay=group["weight_decay"])
-        for item, name in projected:
-            if not self.step_matrix(item, name, group):
-                self.skipped += 1
-                log.warning("gradient of %s is not finite: weight and state left as they were", name)
+        stepped = together(
+            Job(item.layout, self.step_matrix(item, name, group), 2 * group["rank"] * max(item.layout.shape))
+            for item, name in projected
+        )
+        for (_, name), done in zip(projected, stepped, strict=True):
+            if not done:
+                self._skip(name)
 
-    def step_matrix(self, item: Stepped, name: str, group: Group) -> bool:
-        """Step one projected matrix. False, and nothing written, if its gradient is not finite."""
-        state, subspace = item.state, Subspace(item.param.shape, group)
+    def step_matrix(self, item: Stepped, name: str, group: Group) -> Sums:
+        """Step one projected matrix. Returns False, with nothing written, if its gradient is not finite."""
+        state, subspace = item.state, Subspace(item.layout.shape, group, item.layout)
         low = self._refresh(item.grad, state, subspace, name) if subspace.due(state) else None
         basis = subspace.basis(state, state_dtype(item.param.dtype))
         if low is None:
-            low = project(item.grad, basis, subspace.side)
+            low = subspace.project(item.grad, basis)
         # One non-finite element of G makes at least one of R non-finite (0 times inf is NaN), and R is smaller.
-        if self.check_finite and not read(torch.isfinite(low.sum()), usual=1.0):
+        if self.check_finite and item.layout.whole and not read(torch.isfinite(low.sum()), usual=1.0):
             return False
-        LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace.side, group)
+        yield from LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace, group)
         return True
 
     def reduces(self, p: Tensor, group: Group) -> bool:
@@ -155,18 +170,47 @@ class ComposedOptimizer(MemoryOptimizer):
         return not Subspace(p.shape, group).due(self.state[p])
 
     def reduce_(self, p: Tensor, group: Group) -> None:
-        """Add R = project(G), in fp32 at least, to `reduced[p]`; free `p.grad`."""
+        """Add R = project(G), in fp32 at least, to `reduced[p]`; free `p.grad`. Of a shard, its part of R."""
         assert p.grad is not None
-        subspace = Subspace(p.shape, group)
-        low = project(p.grad, subspace.basis(self.state[p], state_dtype(p.dtype)), subspace.side)
+        subspace = Subspace(p.shape, group, self._layout(p))
+        basis = subspace.basis(LocalState(self.state[p]), state_dtype(p.dtype))
+        low = subspace.project(local(p.grad), basis)
         p.grad = None
         self.reduced[p] = self.reduced[p].add_(low) if p in self.reduced else low
 
-    def _step_reduced(self, p: Tensor, low: Tensor, store: Store, group: Group) -> None:
-        subspace = Subspace(p.shape, group)
-        basis = subspace.basis(self.state[p], state_dtype(p.dtype))
-        item = Stepped(p, low, self.state[p], store)  # a linear way back does not look at the gradient itself
-        LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace.side, group)
+    def _step_reduced(self, item: Stepped, group: Group) -> Sums:
+        """Step by R, which a linear way back takes instead of the gradient."""
+        subspace = Subspace(item.layout.shape, group, item.layout)
+        basis = subspace.basis(item.state, state_dtype(item.param.dtype))
+        yield from LIFTS[self.lift_of(group)].step_(item, self.rule, item.grad, basis, subspace, group)
+
+    def _stepped(self, p: Tensor, grad: Tensor, name: str, group: Group) -> Stepped:
+        store = self._store(p, name, group)
+        if not isinstance(p, DTensor):
+            return Stepped(p, grad, self.state[p], store)
+        return Stepped(local(p), local(grad), LocalState(self.state[p]), store, self._layout(p))
+
+    def _layout(self, p: Tensor) -> Layout:
+        return Layout.of(p, self.shard_group)
+
+    def _without_non_finite(self, named: list[tuple[Stepped, str]]) -> list[tuple[Stepped, str]]:
+        """Leave out sharded parameters whose gradient is not finite on some rank, agreed by one sum of each group."""
+        shared = [item for item, _ in named if not item.layout.whole]
+        if not (self.check_finite and shared):
+            return named
+        flags = [item.grad.sum(dtype=state_dtype(item.grad.dtype)).isfinite().logical_not_().float() for item in shared]
+        totals = sum_parts([(item.layout, flag) for item, flag in zip(shared, flags, strict=True)])
+        unsound = torch.stack(totals)
+        found = [] if isinstance(unsound, FakeTensor) or unsound.is_meta else unsound.tolist()
+        bad = {id(item) for item, flag in zip(shared, found, strict=False) if flag}
+        for item, name in named:
+            if id(item) in bad:
+                self._skip(name)
+        return [(item, name) for item, name in named if id(item) not in bad]
+
+    def _skip(self, name: str) -> None:
+        self.skipped += 1
+        log.warning("gradient of %s is not finite: weight and state left as they were", name)
 
     def _refresh(self, grad: Tensor, state: State, subspace: Subspace, name: str) -> Tensor | None:
         return subspace.refresh(grad, state, self.rule.moments, name)
@@ -179,7 +223,13 @@ class ComposedOptimizer(MemoryOptimizer):
     def _store(self, p: Tensor, name: str, group: Group) -> Store:
         if p.dtype is not torch.bfloat16 or group["rounding"] == "nearest":
             return Tensor.copy_
-        return stochastic(name, self.state[p]["step"], p)
+        step, layout = self.state[p]["step"], self._layout(p)
+        if layout.dim is None:
+            return stochastic(name, step, local(p))
+        first, inner = layout.mine.start, math.prod(layout.shape[layout.dim + 1 :])
+        if layout.dim == 0:
+            return stochastic(name, step, local(p), row=first)
+        return stochastic(name, step, local(p), column=first * inner, pitch=layout.shape[layout.dim] * inner)
 
     def _warn_of_cut_ranks(self, group: Group) -> None:
         cut = [p for p in group["params"] if p.dim() == 2 and min(p.shape) < group["rank"]]

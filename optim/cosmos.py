@@ -9,43 +9,53 @@ For W (m, n) with gradient G; where m < n all of it is done to the transposes, s
     A = [(g U) / (sqrt(V / (1 - b2^t)) + eps)] U^T,  B = unit(newton_schulz(g - g U U^T))
     W <- (1 - lr wd) W - lr lr_ratio unit(A + gamma B),  unit(X) = sqrt(m n) X / |X|
 State: 4 (m n + r long + r k + r^2) bytes per matrix; M and V less with a codec. Everything else takes AdamW.
+
+Of a sharded matrix each rank steps a part of the long side, with k whole. Newton-Schulz then needs the k x k Gram
+matrix of its rows summed in each pass, and S and U products of r: a rank sends, in values,
+    r k (U, shared out by its rows) + 2 r k + 2 r^2 + 5 * 2 k^2, and 2 m n / D where the shards cut the smaller side,
+whose parts an all-to-all exchanges for parts of the long one and back. Handing every matrix to one rank would send
+2 m n / D for n of them at once, fewer where D is large; but that rank would hold it whole, and in a backward hook,
+which has one matrix at a time, all others would wait for it.
 Paper: Liu et al. 2025, arXiv:2502.17410, with the order of its code at commit 61de180; code and paper differ where
 code drops the momentum without Nesterov, which is therefore the only form here.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.base import Group, State, read, state_dtype
-from optim.codec import codec_for
+from optim.codec import PLAIN, codec_for
 from optim.compose import ComposedOptimizer
 from optim.projection import gram_basis
 from optim.rules import Stepped
+from optim.sharded import Sums, new_tensors
+from parallel.dtensor import WHOLE, Layout, local
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of Newton-Schulz (Jordan 2024, Muon): fast, singular values end between 0.7 and 1.2."""
 PASSES = 5
 
 
-def newton_schulz(x: Tensor, eps: float) -> Tensor:
-    """About U V^T for x = U diag(s) V^T, in the dtype of x."""
+def newton_schulz(x: Tensor, eps: float, over: Layout = WHOLE) -> Tensor:
+    """About U V^T for x = U diag(s) V^T, in the dtype of x. Rows that `over` shares out are the longer side."""
     a, b, c = QUINTIC
-    wide = x.shape[0] <= x.shape[1]
+    wide = over.whole and x.shape[0] <= x.shape[1]
     x = x if wide else x.T
-    x = x / (torch.linalg.vector_norm(x) + eps)
+    x = x / (over.norms(x)[0] + eps)
     for _ in range(PASSES):
-        gram = x @ x.T
+        gram = over.sum_(x @ x.T)
         x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x if wide else x.T
 
 
 def cosmos_direction(
     grad: Tensor, first: Tensor, second: Tensor, basis: Tensor, moment: Tensor,
-    *, step: int, betas: tuple[float, float], eps: float, gamma: float, low_precision: bool,
+    *, step: int, betas: tuple[float, float], eps: float, gamma: float, low_precision: bool, over: Layout = WHOLE,
 ) -> Tensor:  # fmt: skip
     """unit(A + gamma B) of a tall gradient (m, k); all states are updated in place.
 
@@ -55,32 +65,36 @@ def cosmos_direction(
         moment: S (r, r).
         step: counts from 1.
         low_precision: run Newton-Schulz in bf16.
+        over: layout of the gradient, M and V where their rows are shared out.
     """
     beta1, beta2 = betas
     first.mul_(beta1).add_(grad)
     if step == 1:
-        basis.copy_(gram_basis(grad, basis.shape[0], "right"))
+        basis.copy_(gram_basis(grad, basis.shape[0], "right", over))
         low = grad @ basis.T
-        moment.copy_((1 - beta2) * (low.T @ low))
+        moment.copy_((1 - beta2) * over.sum_(low.T @ low))
     else:
-        pulled = (1 - beta2) * ((grad @ basis.T).T @ grad) + beta2 * (moment @ basis)
+        pulled = (1 - beta2) * over.sum_((grad @ basis.T).T @ grad) + beta2 * (moment @ basis)
         fresh = torch.linalg.qr(pulled.T).Q.T
         turn = basis @ fresh.T
         basis.copy_(fresh)
         low = grad @ basis.T
-        moment.copy_(beta2 * (turn.T @ moment @ turn) + (1 - beta2) * (low.T @ low))
+        moment.copy_(beta2 * (turn.T @ moment @ turn) + (1 - beta2) * over.sum_(low.T @ low))
     second.lerp_(low.square(), 1 - beta2)
     nesterov = (grad + beta1 * first) / (1 + beta1 * (1 - beta1**step) / (1 - beta1))
     inside = nesterov @ basis.T
     leading = (inside / ((second / (1 - beta2**step)).sqrt_() + eps)) @ basis
+    if basis.shape[0] == basis.shape[1]:  # nothing is left but rounding, which must not be scaled up
+        return unit(leading, eps, over)
     rest = nesterov.addmm_(inside, basis, alpha=-1.0)
-    rest = newton_schulz(rest.bfloat16() if low_precision else rest, eps).to(rest.dtype)
-    return unit(leading + gamma * unit(rest, eps), eps)
+    rest = newton_schulz(rest.bfloat16() if low_precision else rest, eps, over).to(rest.dtype)
+    return unit(leading + gamma * unit(rest, eps, over), eps, over)
 
 
-def unit(x: Tensor, eps: float) -> Tensor:
+def unit(x: Tensor, eps: float, over: Layout) -> Tensor:
     """x with a root mean square of 1."""
-    factor: Tensor = math.sqrt(x.numel()) / (torch.linalg.vector_norm(x) + eps)
+    count = x.numel() if over.whole else math.prod(over.shape)
+    factor: Tensor = math.sqrt(count) / (over.norms(x)[0] + eps)
     return x * factor
 
 
@@ -115,47 +129,62 @@ class COSMOS(ComposedOptimizer):
         return False  # the momentum is of the whole gradient's size
 
     def matrix_state(self, p: Tensor, group: Group) -> State:
-        wide = state_dtype(p.dtype)
-        state: State = {"step": 0}
-        for key, shape in _coded(p.shape, group).items():
-            state |= codec_for(group["states"], shape).new(key, p, shape, wide)
-        return state | {key: p.new_zeros(shape, dtype=wide) for key, shape in _exact(p.shape, group).items()}
+        wide, layout = state_dtype(p.dtype), self._layout(p)
+        state: dict[str, Any] = {"step": 0}
+        for key, place in _coded(layout, group).items():
+            codec = codec_for(group["states"], place.shape)
+            state |= new_tensors(partial(codec.new, key, wide=wide), local(p), codec.home(place))
+        basis, moment = _exact(p.shape, group).values()
+        state |= new_tensors(partial(PLAIN.new, "basis", wide=wide), local(p), layout.like(basis, 0))
+        return state | {"moment": local(p).new_zeros(moment, dtype=wide)}
 
     @classmethod
     def matrix_bytes(cls, shape: Sequence[int], group: Group, dtype: torch.dtype) -> int:
         wide = state_dtype(dtype)
-        coded = sum(codec_for(group["states"], s).nbytes(s, wide) for s in _coded(shape, group).values())
+        places = [place.shape for place in _coded(Layout(tuple(shape)), group).values()]
+        coded = sum(codec_for(group["states"], place).nbytes(place, wide) for place in places)
         return coded + sum(math.prod(s) for s in _exact(shape, group).values()) * wide.itemsize
 
-    def step_matrix(self, item: Stepped, name: str, group: Group) -> bool:
-        state, p, wide = item.state, item.param, state_dtype(item.param.dtype)
-        if self.check_finite and not read(torch.isfinite(item.grad.sum(dtype=wide)), usual=1.0):
+    def step_matrix(self, item: Stepped, name: str, group: Group) -> Sums:
+        state, p, wide, layout = item.state, item.param, state_dtype(item.param.dtype), item.layout
+        if self.check_finite and layout.whole and not read(torch.isfinite(item.grad.sum(dtype=wide)), usual=1.0):
             return False
+        yield from ()  # its sums are too large to wait for those of others
         state["step"] += 1
-        codecs = {key: codec_for(group["states"], shape) for key, shape in _coded(p.shape, group).items()}
-        values = {
+        places = _coded(layout, group)
+        codecs = {key: codec_for(group["states"], place.shape) for key, place in places.items()}
+        held = {
             key: codec.read(state, key, slice(None), wide, signed=key == "exp_avg") for key, codec in codecs.items()
         }
-        tall = p.shape[0] >= p.shape[1]
-        grad = item.grad.to(wide)
+        long, home = places["exp_avg"], codecs["exp_avg"].home(places["exp_avg"])
+        first, grad = home.move(held["exp_avg"], long.dim), layout.move(item.grad.to(wide), long.dim)
+        tall = layout.shape[0] >= layout.shape[1]
+        basis_layout = layout.like(_exact(layout.shape, group)["basis"], 0)
+        basis = basis_layout.gather(state["basis"])
         direction = cosmos_direction(
-            grad if tall else grad.T, values["exp_avg"] if tall else values["exp_avg"].T, values["exp_avg_sq"],
-            state["basis"], state["moment"], step=state["step"], betas=group["betas"], eps=group["eps"],
-            gamma=group["gamma"], low_precision=p.dtype is torch.bfloat16,
+            grad if tall else grad.T, first if tall else first.T, held["exp_avg_sq"], basis, state["moment"],
+            step=state["step"], betas=group["betas"], eps=group["eps"], gamma=group["gamma"],
+            low_precision=p.dtype is torch.bfloat16, over=long if tall else long.like(layout.shape[::-1], 0),
         )  # fmt: skip
+        if basis is not state["basis"]:
+            state["basis"].copy_(basis_layout.cut(basis))
+        held["exp_avg"] = long.move(first, home.dim)
         for key, codec in codecs.items():
-            codec.write(state, key, slice(None), values[key], signed=key == "exp_avg")
+            codec.write(state, key, slice(None), held[key], signed=key == "exp_avg")
+        direction = long.move(direction if tall else direction.T, layout.dim)
         stepped = p.to(wide) if p.dtype != wide else p
         stepped.mul_(1 - group["lr"] * group["weight_decay"])
-        stepped.sub_(direction if tall else direction.T, alpha=group["lr"] * group["lr_ratio"])
+        stepped.sub_(direction, alpha=group["lr"] * group["lr_ratio"])
         if stepped is not p:
             item.store(p, stepped)
         return True
 
 
-def _coded(shape: Sequence[int], group: Group) -> dict[str, tuple[int, ...]]:
-    """Shapes of the moments that a codec may keep."""
-    return {"exp_avg": tuple(shape), "exp_avg_sq": (max(shape), min(group["rank"], *shape))}
+def _coded(layout: Layout, group: Group) -> dict[str, Layout]:
+    """The moments that a codec may keep, shared out along the longer side."""
+    shape = layout.shape
+    low = (max(shape), min(group["rank"], *shape))
+    return {"exp_avg": layout.like(shape, 0 if shape[0] >= shape[1] else 1), "exp_avg_sq": layout.like(low, 0)}
 
 
 def _exact(shape: Sequence[int], group: Group) -> dict[str, tuple[int, int]]:

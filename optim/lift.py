@@ -9,6 +9,8 @@ R for a right projection, a column for a left one) or for the whole matrix:
 a is Adam's bias correction sqrt(1 - b2^t) / (1 - b1^t), which N and s are without. limit() lets the norm of its
 argument grow by 1% a step at most (Chen et al. 2024, arXiv:2410.01623, section 4.2); that norm is found from the
 norms of channels, without a second matrix of the gradient's size: (G - c Q Q^T G) has |G_i|^2 - (2c - c^2) |R_i|^2.
+Of a sharded matrix, this takes one sum over the ranks, made for all matrices at once: of one number where each rank
+has whole channels, of three for the matrix's one s, of three for each channel where the shards cut the channels.
 Papers: Zhao et al. 2024, arXiv:2403.03507; Zhu et al. 2024, arXiv:2412.05270; Chen et al. 2024, arXiv:2410.01623.
 """
 
@@ -21,6 +23,8 @@ from torch import Tensor
 from optim.base import CHUNK, Group
 from optim.projection import Side, add_back_
 from optim.rules import Rule, Stepped, row_chunks
+from optim.sharded import Sums
+from optim.subspace import Subspace
 
 GROWTH = 1.01
 """Largest ratio between the norms of two updates in a row (gamma; Fira, section 4.2)."""
@@ -36,13 +40,16 @@ class Lift:
     limited: bool = False
     linear: bool = True
 
-    def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, side: Side, group: Group) -> None:
-        """Step one matrix in place."""
+    def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, subspace: Subspace, group: Group) -> Sums:
+        """Step one matrix in place, given R and the basis as this rank has and needs them; see `Subspace`."""
         lr, decay, authors = _rates(group)
         delta = torch.zeros_like(low)  # stands in for the weight, so that the rule leaves -lr N in it
-        rule.step_([Stepped(delta, low, item.state)], group, lr=lr, weight_decay=0.0)
+        substitute = Stepped(delta, low, item.state, layout=subspace.low)
+        yield from rule.stepping(substitute, group, lr=lr, weight_decay=0.0)
         alpha = group["scale"] * (decay if authors else 1.0)
-        add_back_(item.param, delta, basis, side, beta=decay, alpha=alpha, store=item.store)
+        add_back_(
+            item.param, subspace.spread(delta), basis, subspace.side, beta=decay, alpha=alpha, store=item.store
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,19 +59,33 @@ class Scaled(Lift):
     limited: bool = True
     linear: bool = False
 
-    def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, side: Side, group: Group) -> None:
+    def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, subspace: Subspace, group: Group) -> Sums:
         lr, decay, authors = _rates(group)
-        state = item.state
+        state, side = item.state, subspace.side
         normed = torch.zeros_like(low)
-        rule.step_([Stepped(normed, low, state)], group, lr=-1.0, weight_decay=0.0, raw=True)
+        substitute = Stepped(normed, low, state, layout=subspace.low)
+        yield from rule.stepping(substitute, group, lr=-1.0, weight_decay=0.0, raw=True)
         inside = group["scale"] if self.residual else 0.0
-        factor = scaling(normed, low, side, per_channel=self.per_channel)
-        size = scaled_norm(item.grad, low, factor, side, inside=inside)
-        factor = limit_growth_(factor, size, state["growth"])
+        if item.layout.whole or (self.per_channel and not subspace.cut):
+            factor = scaling(normed, low, side, per_channel=self.per_channel)
+            square = yield scaled_square(factor, channel_energy(item.grad, side, low.dtype), low, side, inside=inside)
+        else:
+            energies = yield torch.stack([
+                _energy(normed, subspace, per_channel=self.per_channel),
+                _energy(low, subspace, per_channel=self.per_channel),
+                _of_matrix(channel_energy(item.grad, side, low.dtype), per_channel=self.per_channel),
+            ])  # fmt: skip
+            over, under, energy = energies
+            factor = over.sqrt() / (under.sqrt() + SAFE)
+            square = (factor.square() * (energy - (2 * inside - inside**2) * under).clamp_(min=0.0)).sum()
+        if not self.residual:
+            del normed, low
+        factor = limit_growth_(factor, square.sqrt_(), state["growth"])
         # Everything the weight takes is -lr a times something; the authors decay afterwards what we decay before.
         alpha = -lr * rule.bias(state["step"], group) * (decay if authors else 1.0)
         if self.residual:
-            back: Tensor | None = (normed - low * factor).mul_(alpha * inside)
+            inner = factor[subspace.low.mine] if subspace.cut and side == "right" else factor
+            back: Tensor | None = subspace.spread((normed - low * inner).mul_(alpha * inside))
             factor = factor * alpha
         else:
             back, factor = None, factor * (alpha * math.sqrt(group["scale"]))
@@ -87,20 +108,34 @@ def scaling(normed: Tensor, low: Tensor, side: Side, *, per_channel: bool) -> Te
     return found
 
 
-def scaled_norm(grad: Tensor, low: Tensor, factor: Tensor, side: Side, *, inside: float) -> Tensor:
-    """|(G - inside back(R)) s|, for an orthonormal basis where `inside` is not 0. 0-dim"""
-    axis = 0 if side == "left" else 1
-    energy = channel_energy(grad, axis, low.dtype)
+def scaled_square(factor: Tensor, energy: Tensor, low: Tensor, side: Side, *, inside: float) -> Tensor:
+    """|(G - inside back(R)) s|^2 from the `energy` of G's channels; for an orthonormal basis if `inside` is not 0."""
     if inside:
-        energy = energy - (2 * inside - inside**2) * low.square().sum(axis, keepdim=True)
-    return (factor.square() * energy.clamp_(min=0.0)).sum().sqrt_()
+        energy = energy - (2 * inside - inside**2) * low.square().sum(0 if side == "left" else 1, keepdim=True)
+    return (factor.square() * energy.clamp_(min=0.0)).sum()
 
 
-def channel_energy(grad: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
-    """Sum of squares over one axis, kept. torch's norm over the first axis takes 10 times as long as this."""
-    if axis == 1:
+def _energy(low: Tensor, subspace: Subspace, *, per_channel: bool) -> Tensor:
+    """This rank's part of the energy of each channel of R or N, or of all of it, shaped to add up over the ranks."""
+    if not per_channel:
+        return _of_matrix(low.square().sum(), per_channel=False)
+    if subspace.side == "left":
+        return low.square().sum(0, keepdim=True)
+    channels = low.new_zeros((subspace.shape[0], 1))
+    channels[subspace.low.mine] = low.square().sum(1, keepdim=True)
+    return channels
+
+
+def _of_matrix(channels: Tensor, *, per_channel: bool) -> Tensor:
+    return channels if per_channel else channels.sum().view(1, 1)
+
+
+def channel_energy(grad: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
+    """Sum of squares of each channel: (m, 1) for a right projection, (1, n) for a left one."""
+    if side == "right":
         norms: Tensor = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=dtype)
         return norms.square_()
+    # torch's norm over the first axis takes 10 times as long as this.
     total = grad.new_zeros((1, grad.shape[1]), dtype=dtype)
     for rows in row_chunks(grad, CHUNK):
         total += grad[rows].to(dtype).square().sum(0, keepdim=True)

@@ -5,6 +5,8 @@ A basis is stored as (r, k): r orthonormal rows in the space of the projected si
     left:  R = Q G   (r, n),  W += Q^T D      (k = m)
 Side and rank follow from the global shape, never from a local shard, and never from the shape of R, from which
 the authors' package guesses wrongly for reverse_std with r >= m.
+Bases of a sharded gradient are found from shards in which the projected side is whole (`over`): what sums over the
+other side is a sum over the ranks, and what comes of it is the same on all of them. G is never gathered.
 Paper: Zhao et al. 2024, arXiv:2403.03507, section 4. Left out: projection of both sides ("full").
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from optim.base import CHUNK, read
 from optim.rounding import Store
+from parallel.dtensor import WHOLE, Layout
 
 Side = Literal["left", "right"]
 
@@ -47,7 +50,8 @@ def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
     """Project (m, n) to (m, r) or (r, n), in the basis's dtype; a lower-precision gradient is widened by chunks."""
     if grad.dtype == basis.dtype:
         return basis @ grad if side == "left" else grad @ basis.T
-    low = grad.new_zeros(low_shape(grad.shape, basis.shape[0], side), dtype=basis.dtype)
+    shape = (len(basis), grad.shape[1]) if side == "left" else (grad.shape[0], len(basis))
+    low = grad.new_zeros(shape, dtype=basis.dtype)
     for rows in row_slices(grad):
         part = grad[rows].to(basis.dtype)
         if side == "left":
@@ -80,14 +84,19 @@ def add_back_(
         store(weight[rows], torch.addmm(weight[rows].to(basis.dtype), left, right, beta=beta, alpha=alpha))
 
 
-def svd_basis(grad: Tensor, rank: int, side: Side) -> Tensor:
-    """Leading singular vectors by a thin SVD, as the authors do. (r, k)"""
+def svd_basis(grad: Tensor, rank: int, side: Side, over: Layout = WHOLE) -> Tensor:
+    """Leading singular vectors by a thin SVD, as the authors do. (r, k)
+
+    Of a sharded gradient as `gram_basis`: in fp64 that is as exact as an SVD in fp32.
+    """
+    if not over.whole:
+        return gram_basis(grad, rank, side, over)
     u, _, vh = torch.linalg.svd(grad, full_matrices=False)
     basis: Tensor = u[:, :rank].T if side == "left" else vh[:rank]
     return basis
 
 
-def gram_basis(grad: Tensor, rank: int, side: Side) -> Tensor:
+def gram_basis(grad: Tensor, rank: int, side: Side, over: Layout = WHOLE) -> Tensor:
     """Leading singular vectors as eigenvectors of the smaller of G G^T and G^T G. (r, k)
 
     Squares are summed and decomposed in fp64. In fp32 squaring would halve the digits: a gradient that differs in its
@@ -95,12 +104,17 @@ def gram_basis(grad: Tensor, rank: int, side: Side) -> Tensor:
     one differ by 1e-5 then, by 1e-7 with fp64 or an SVD). Where the larger side is wanted, the vectors found on the
     smaller side are carried over by G and orthonormalised, null ones completed.
     """
-    m, n = grad.shape
+    m, n = grad.shape if over.whole else over.shape
     small: Side = side if m == n else ("left" if m < n else "right")
-    vectors: Tensor = torch.linalg.eigh(_gram(grad, small)).eigenvectors[:, -rank:].flip(1)  # (k, r), largest first
+    if small == side:
+        gram = over.sum_(_gram(grad, small))
+    else:  # the sharded side has to be whole for this
+        gram = over.sum_(_gram(over.move(grad, 1 if small == "left" else 0), small))
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # (k, r), largest first
     vectors = vectors.to(grad.dtype)
     if small != side:
-        vectors = torch.linalg.qr(grad @ vectors if side == "left" else grad.T @ vectors).Q
+        part = vectors[over.mine]
+        vectors = torch.linalg.qr(over.sum_(grad @ part if side == "left" else grad.T @ part)).Q
     return vectors.T
 
 
@@ -114,11 +128,13 @@ def _gram(grad: Tensor, side: Side) -> Tensor:
     return total
 
 
-METHODS: dict[str, Callable[[Tensor, int, Side], Tensor]] = {"svd": svd_basis, "gram": gram_basis}
+METHODS: dict[str, Callable[..., Tensor]] = {"svd": svd_basis, "gram": gram_basis}
 """Ways of finding a basis, by the name in the option `refresh`."""
 
 
-def find_basis(grad: Tensor, rank: int, side: Side, method: str, dtype: torch.dtype, *, fix_signs: bool) -> Tensor:
+def find_basis(
+    grad: Tensor, rank: int, side: Side, method: str, dtype: torch.dtype, *, fix_signs: bool, over: Layout = WHOLE
+) -> Tensor:
     """Orthonormal basis of the leading `rank` directions of a finite, non-zero gradient. (r, k), `dtype`
 
     A failed or imprecise solution is done again in fp64, and then in fp64 on the CPU. `fix_signs` makes the largest
@@ -126,7 +142,7 @@ def find_basis(grad: Tensor, rank: int, side: Side, method: str, dtype: torch.dt
     """
     for wide, device in ((dtype, grad.device), (torch.float64, grad.device), (torch.float64, torch.device("cpu"))):
         try:
-            basis = METHODS[method](grad.to(device=device, dtype=wide), rank, side)
+            basis = METHODS[method](grad.to(device=device, dtype=wide), rank, side, over)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         if read(orthonormality_error(basis), usual=0.0) <= 1e-5:
@@ -150,6 +166,6 @@ def fixed_signs(basis: Tensor) -> Tensor:
 
 def row_slices(matrix: Tensor) -> Iterator[slice]:
     """Slices of whole rows, about CHUNK values each."""
-    rows = max(CHUNK // matrix.shape[1], 1)
+    rows = max(CHUNK // max(matrix.shape[1], 1), 1)
     for start in range(0, matrix.shape[0], rows):
         yield slice(start, min(start + rows, matrix.shape[0]))

@@ -47,14 +47,22 @@ def next_seed(seed: int) -> int:
     return draws[-1]
 
 
-def keyed_bits(seed: int, shape: Sequence[int], device: torch.device, first: int = 0) -> Tensor:
+def keyed_bits(
+    seed: int, shape: Sequence[int], device: torch.device, first: int = 0, pitch: int | None = None
+) -> Tensor:
     """Random bits, int32 of `shape`, for the values from flat index `first` on of a tensor that `seed` belongs to.
 
     A hash of the index, so that each value has its draw whatever piece of its tensor is asked for: by chunks, on one
     rank or on many, on any device. Two rounds of multiply and shift, each with its half of the seed, as in MurmurHash3.
+
+    Args:
+        pitch: values from one row to the next in the tensor, where `shape` is of a part of its columns.
     """
     count = math.prod(shape)
     bits = torch.arange(count, dtype=torch.int32, device=device)
+    if pitch is not None and count:
+        width = count // shape[0]
+        bits.view(shape[0], width).add_(torch.arange(shape[0], device=device).mul_(pitch - width).int()[:, None])
     bits.add_(_int32(first)).mul_(_int32(0x9E3779B9)).add_(_int32(seed))
     _stir_(bits, 15).mul_(_int32(0x85EBCA6B))
     _stir_(bits, 13).add_(_int32(seed >> 32)).mul_(_int32(0xC2B2AE35))
@@ -71,17 +79,22 @@ def _int32(number: int) -> int:
     return (number + 2**31) % 2**32 - 2**31
 
 
-def stochastic(name: str, step: int, whole: Tensor, *, row: int = 0) -> Store:
+def stochastic(
+    name: str, step: int, whole: Tensor, *, row: int = 0, column: int = 0, pitch: int | None = None
+) -> Store:
     """Return a rounder to bf16 for one parameter in one step, which takes `whole` and any slice of its rows.
 
     Args:
         row: where `whole` begins in the parameter, if it is a shard of its rows.
+        column: the same of columns, in values; then `pitch` is the length of the parameter's rows.
     """
     seed = seed_of(name, step)
 
     def round_(target: Tensor, wide: Tensor) -> None:
         first = first_index(target, whole, row)
-        round_to_bf16_(target, wide, keyed_bits(seed, wide.shape, wide.device, first))
+        if pitch is not None and whole.numel():
+            first = first * pitch * len(whole) // whole.numel() + column
+        round_to_bf16_(target, wide, keyed_bits(seed, wide.shape, wide.device, first, pitch))
 
     return round_
 

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,15 @@ from optim.adam import adamw_update_
 from optim.base import CHUNK, Group, State, contiguous_as, state_dtype
 from optim.codec import PLAIN, codec_for, rows_of
 from optim.rounding import Store
+from optim.sharded import Sums, new_tensors
+from parallel.dtensor import Layout
 
 CODED_CHUNK = 2**18
 """Values of a coded state that are decoded at a time, so that the steps between find them in a cache."""
+
+LANES = 64
+"""Values that fused kernels on a CPU step at a time, at most. They round the rest of a tensor in another way (the last
+bit of v), and so the largest magnitude of a block might depend on where a shard or a chunk ends."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Stepped:
-    """What one call steps: tensors of a kind, with gradients, states and ways to write a narrower weight."""
+    """What one call steps: this rank's part of a tensor, its gradient, state, and how narrower weights are written."""
 
     param: Tensor
     grad: Tensor
     state: State
     store: Store = Tensor.copy_
+    layout: Layout = Layout(())
+    """Of the whole tensor; of `param` itself if not given."""
+
+    def __post_init__(self) -> None:
+        if self.layout.whole:
+            object.__setattr__(self, "layout", Layout(tuple(self.param.shape)))
 
 
 class Rule:
@@ -51,12 +64,13 @@ class Rule:
     turns = True
     """Whether the moments can follow a basis that turns."""
 
-    def new_state(self, like: Tensor, shape: Sequence[int], group: Group) -> State:
-        """State of a tensor of `shape` on the device of `like`, whose dtype decides the precision."""
-        state: State = {"step": 0}
+    def new_state(self, like: Tensor, layout: Layout, group: Group) -> State:
+        """State of a tensor of `layout`; this rank's part `like` of the weight decides device and precision."""
+        state: dict[str, Any] = {"step": 0}
+        codec, wide = codec_for(group["states"], layout.shape), state_dtype(like.dtype)
         for moment in self.moments:
-            codec = codec_for(group["states"], shape)
-            state |= codec.new(moment.key, like, shape, state_dtype(like.dtype))
+            new = partial(codec.new, moment.key, wide=wide)
+            state |= new_tensors(new, like, codec.home(layout))
         return state
 
     def state_bytes(self, shape: Sequence[int], group: Group, dtype: torch.dtype) -> int:
@@ -67,6 +81,11 @@ class Rule:
     def step_(self, items: list[Stepped], group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> None:
         """Step in place. `raw` leaves Adam's bias correction out; see `bias`."""
         raise NotImplementedError
+
+    def stepping(self, item: Stepped, group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> Sums:
+        """The same for one tensor within a step that is run by `together`."""
+        self.step_([item], group, lr=lr, weight_decay=weight_decay, raw=raw)
+        yield from ()
 
     def bias(self, step: int, group: Group) -> float:
         """Factor that a `raw` step lacks."""
@@ -87,9 +106,14 @@ class Elementwise(Rule):
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "raw": raw}
         together: dict[tuple[Any, ...], list[Stepped]] = defaultdict(list)
         for item in items:
+            codec = codec_for(group["states"], item.layout.shape)
+            home = codec.home(item.layout)
+            if home.dim != item.layout.dim:
+                self._step_elsewhere(item, home, group, options)
+                continue
             item.state["step"] += 1
             p, step = item.param, item.state["step"]
-            if p.dtype == state_dtype(p.dtype) and codec_for(group["states"], p.shape) is PLAIN:
+            if p.dtype == state_dtype(p.dtype) and codec is PLAIN:
                 together[p.device, p.dtype, step].append(item)
             else:
                 self._step_by_chunks(item, group, options)
@@ -99,8 +123,23 @@ class Elementwise(Rule):
             moments = [[item.state[moment.key] for item in alike] for moment in self.moments]
             self.update_(params, grads, moments, step, group, **options)
 
+    def _step_elsewhere(self, item: Stepped, home: Layout, group: Group, options: dict[str, Any]) -> None:
+        """Step a tensor whose state is sharded otherwise: its gradient goes there and the step comes back."""
+        delta = item.grad.new_zeros(home.local_shape, dtype=state_dtype(item.param.dtype))
+        grad = item.layout.move(item.grad, 0)
+        substitute = Stepped(delta, grad, item.state, layout=home)
+        self.step_([substitute], group, **options | {"weight_decay": 0.0})
+        decay = 1.0 - options["lr"] * options["weight_decay"]
+        if group.get("compat") == "authors":  # who decay afterwards
+            delta.mul_(decay)
+        delta = home.move(delta, 1)
+        if item.param.dtype == delta.dtype:
+            item.param.mul_(decay).add_(delta)
+        else:
+            item.store(item.param, item.param.to(delta.dtype).mul_(decay).add_(delta))
+
     def _step_by_chunks(self, item: Stepped, group: Group, options: dict[str, Any]) -> None:
-        codec = codec_for(group["states"], item.param.shape)
+        codec = codec_for(group["states"], item.layout.shape)
         wide = state_dtype(item.param.dtype)
         for rows in row_chunks(item.param, CHUNK if codec is PLAIN else CODED_CHUNK):
             part = rows_of(item.param, rows)
@@ -114,7 +153,13 @@ class Elementwise(Rule):
             direct = part.dtype == wide and part.stride() == like.stride()
             weight = part if direct else torch.empty_like(like, dtype=wide).copy_(part)
             grad = contiguous_as(rows_of(item.grad, rows).to(wide), weight)
-            self.update_([weight], [grad], [[m] for m in moments], item.state["step"], group, **options)
+            operands = [weight, grad, *moments]
+            ragged = codec is not PLAIN and weight.numel() % LANES != 0
+            used = [padded(values) for values in operands] if ragged else operands
+            self.update_(used[:1], used[1:2], [[m] for m in used[2:]], item.state["step"], group, **options)
+            if ragged:
+                for values, new in zip([weight, *moments], [used[0], *used[2:]], strict=True):
+                    values.copy_(new[: values.numel()].view(values.shape))
             for moment, values in zip(self.moments, moments, strict=True):
                 codec.write(item.state, moment.key, rows, values, signed=moment.signed)
             if not direct:
@@ -150,6 +195,11 @@ class SGDRule(Elementwise):
         torch._foreach_mul_(moments[0], group["momentum"])
         torch._foreach_add_(moments[0], grads)
         torch._foreach_add_(params, moments[0], alpha=-lr)
+
+
+def padded(values: Tensor) -> Tensor:
+    """A flat copy, with zeros up to a multiple of LANES."""
+    return torch.nn.functional.pad(values.reshape(-1), (0, -values.numel() % LANES))
 
 
 def row_chunks(tensor: Tensor, values: int) -> Iterator[slice]:

@@ -4,11 +4,22 @@ State: `basis` (r, k), fp32 or packed to 4 bits; numbers `captured` (share of th
 `overlap` (|Q_new Q_old^T|^2 / r, 1 for the same span), `refreshes` and `next_refresh` (a count of steps).
 Lazy refreshes as in Q-GaLore (Zhang et al. 2024, arXiv:2407.08296, section 3.2): the gap doubles while the last five
 overlaps average above a threshold. The authors compare only the first vector, whose sign is arbitrary.
+
+Of a matrix whose shards keep the projected side whole (right projection of rows, left of columns), R is local, and
+the moments lie as R does. Where the shards cut that side, R is a sum over ranks: reduce-scattered by whole rows (so
+that blocks of codes stay whole), stepped there, and the step gathered. A basis lies as the shards where they cut its
+side; else it is shared out by rows and gathered at each use, so that nothing of the model's size is on every rank.
+Values a rank sends for a matrix (m, n) on D ranks, k the projected side, o the other one:
+    step     side whole: r k, the basis (packed if int4);  cut: 2 r o
+    refresh  side whole: 2 r k a warm pass, 2 k^2 a Gram matrix, once more r k for the last basis
+             cut: the same and m n / D, as one all-to-all first makes the side whole. G is never gathered.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +30,9 @@ from optim.codec import PLAIN, Codec, codec_for
 from optim.projection import METHODS, Side, basis_shape, find_basis, low_shape, project, side_of
 from optim.rounding import keyed_normal, next_seed, seed_of, seeded_normal
 from optim.rules import Moment, Rule
+from optim.sharded import new_tensors
 from optim.warm import sketch_basis, warm_basis
+from parallel.dtensor import Layout
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 REFRESH = (*METHODS, "warm", "randomized", "random")
@@ -32,7 +45,8 @@ SEARCH_EVERY = 10
 """Refreshes after which a warm basis is searched for anew in any case: power iteration alone is slow to leave a
 subspace whose directions have died."""
 QUEUE = 5
-OWN_KEYS = {"basis", "basis_scale", "basis_zero", "overlaps", "growth"}
+BASIS_KEYS = ("basis", "basis_scale", "basis_zero")
+OWN_KEYS = {*BASIS_KEYS, "overlaps", "growth"}
 
 
 @dataclass(frozen=True)
@@ -41,10 +55,29 @@ class Subspace:
 
     shape: Sequence[int]
     group: Group
+    layout: Layout = Layout(())
+    """Of the matrix, if it is sharded."""
     side: Side = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "side", side_of(self.shape, self.group.get("proj_type", "std")))
+        if self.layout.whole:
+            object.__setattr__(self, "layout", Layout(tuple(self.shape)))
+
+    @property
+    def cut(self) -> bool:
+        """Whether the ranks have parts of the projected side."""
+        return self.layout.dim == (0 if self.side == "left" else 1)
+
+    @property
+    def low(self) -> Layout:
+        """Of R, its moments and its step."""
+        return self.layout.like(self.low_shape, 0 if self.cut else self.layout.dim)
+
+    @property
+    def basis_layout(self) -> Layout:
+        """Of the basis in the state. Codes have blocks along its rows."""
+        return self.layout.like(self.basis_shape, 1 if self.cut and self.codec.in_place else 0)
 
     @property
     def basis_shape(self) -> tuple[int, int]:
@@ -58,11 +91,13 @@ class Subspace:
     def codec(self) -> Codec:
         return BASIS[self.group.get("basis", "fp32")]
 
-    def new_state(self, p: Tensor) -> State:
-        state: State = {"captured": 0.0, "overlap": 0.0, "refreshes": 0, "next_refresh": 0}
+    def new_state(self, like: Tensor) -> State:
+        """State beside the moments, for this rank's part `like` of the matrix."""
+        state: dict[str, Any] = {"captured": 0.0, "overlap": 0.0, "refreshes": 0, "next_refresh": 0}
         if self.group["lazy"]:
-            state |= {"gap": self.group["update_proj_gap"], "overlaps": p.new_zeros(QUEUE, dtype=torch.float32)}
-        return state | self.codec.new("basis", p, self.basis_shape, state_dtype(p.dtype))
+            state |= {"gap": self.group["update_proj_gap"], "overlaps": like.new_zeros(QUEUE, dtype=torch.float32)}
+        new = partial(self.codec.new, "basis", wide=state_dtype(like.dtype))
+        return state | new_tensors(new, like, self.basis_layout)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the tensors of `new_state` for weights of `dtype`."""
@@ -70,8 +105,29 @@ class Subspace:
         return self.codec.nbytes(self.basis_shape, state_dtype(dtype)) + queue
 
     def basis(self, state: State, dtype: torch.dtype) -> Tensor:
-        """(r, k) in `dtype`."""
-        return self.codec.read(state, "basis", slice(None), dtype, signed=True)[:, : self.basis_shape[1]]
+        """(r, k) in `dtype`; for the part of the side that this rank's shard has."""
+        if self.basis_layout.dim == 1:
+            return self.codec.read(state, "basis", slice(None), dtype, signed=True)
+        whole = self.whole_basis(state, dtype)
+        return whole[:, self.layout.mine] if self.cut else whole
+
+    def whole_basis(self, state: State, dtype: torch.dtype) -> Tensor:
+        """(r, k) in `dtype` on every rank."""
+        held = {key: state[key] for key in BASIS_KEYS if key in state}
+        if not self.layout.whole:
+            for key, part in held.items():
+                shape = (self.basis_shape[0], self.basis_shape[1] if self.basis_layout.dim == 1 else part.shape[1])
+                held[key] = self.layout.like(shape, self.basis_layout.dim).gather(part)
+        return self.codec.read(held, "basis", slice(None), dtype, signed=True)[:, : self.basis_shape[1]]
+
+    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
+        """R of this rank's part of the gradient, laid out as `low`."""
+        found = project(grad, basis, self.side)
+        return self.low.scatter(found) if self.cut else found
+
+    def spread(self, step: Tensor) -> Tensor:
+        """What this rank's weights take of a step on R that is laid out as `low`."""
+        return self.low.gather(step) if self.cut else step
 
     def due(self, state: State) -> bool:
         """Whether the next step needs a new basis."""
@@ -80,10 +136,13 @@ class Subspace:
     def refresh(self, grad: Tensor, state: State, moments: Sequence[Moment], name: str) -> Tensor | None:
         """Replace the basis; keep it if the gradient is zero, in which no direction leads, or not finite.
 
+        Args:
+            grad: this rank's part.
+
         Returns:
             The gradient projected by the new basis, where measuring the basis has made it.
         """
-        peak = read(torch.maximum(grad.amax(), -grad.amin()), usual=1.0)  # 15 times as fast as torch's infinity norm
+        peak = read(self.layout.max_(_peak(grad)), usual=1.0)
         if not peak < math.inf:
             return None
         random = self.group["refresh"] == "random"
@@ -94,21 +153,26 @@ class Subspace:
         dtype = state_dtype(grad.dtype)
         # Squares of a very small or very large gradient leave fp32's range.
         wide = dtype if random or 1e-12 < peak < 1e12 else torch.float64
-        old = self.basis(state, wide) if state["refreshes"] else None
-        new, captured, low = self._find(grad, old, state, wide, name)
+        old = self.whole_basis(state, wide) if state["refreshes"] and not random else None
+        over = self.layout
+        if self.cut and not random:
+            over = self.layout.like(self.shape, 1 if self.side == "left" else 0)
+            grad = self.layout.move(grad, 1 if self.side == "left" else 0)
+        new, captured, low = self._find(grad, over, old, state, wide, name)
         found = new
-        if old is not None and not random:
+        if old is not None:
             turn = new @ old.T
             state["overlap"] = read(turn.square().sum() / len(turn), usual=1.0)
             new = self._align(new, turn, state, moments)
         self._settle(state, new, captured, name)
-        return low if new is found and wide == dtype and self.codec.in_place else None
+        return low if new is found and wide == dtype and self.codec.in_place and not self.cut else None
 
     def _settle(self, state: State, new: Tensor, captured: float, name: str) -> None:
+        part = self.basis_layout.cut(new)
         if self.codec.in_place:
-            state["basis"].copy_(new)
+            state["basis"].copy_(part)
         else:
-            self.codec.write(state, "basis", slice(None), new, signed=True)
+            self.codec.write(state, "basis", slice(None), part, signed=True)
         state["captured"] = captured
         if self.group["on_refresh"] == "reset" and state["refreshes"]:
             state["step"] = 0
@@ -130,11 +194,11 @@ class Subspace:
         state["next_refresh"] = state["step"] + gap - early
 
     def _find(
-        self, grad: Tensor, old: Tensor | None, state: State, wide: torch.dtype, name: str
+        self, grad: Tensor, over: Layout, old: Tensor | None, state: State, wide: torch.dtype, name: str
     ) -> tuple[Tensor, float, Tensor | None]:
         """A new basis in `wide`, the share of energy it captures and the gradient projected by it.
 
-        Of a random one, which is not orthonormal, 0 and nothing.
+        Of a random one, which is not orthonormal, 0 and nothing. `over` is the layout of `grad`.
         """
         r, k = self.basis_shape
         method, count = self.group["refresh"], state["refreshes"]
@@ -145,22 +209,22 @@ class Subspace:
                 return (drawn if self.side == "right" else drawn.T).to(wide) / math.sqrt(r), 0.0, None
             return keyed_normal((r, k), grad.new_empty((), dtype=wide), name, count).mul_(r**-0.5), 0.0, None
         if method == "warm" and old is not None:
-            new = warm_basis(grad, old, self.side)
-            captured, low = self._captured(grad, new)
+            new = warm_basis(grad, old, self.side, over)
+            captured, low = self._captured(grad, over, new)
             if captured >= FALL * state["captured"] and (count + 1) % SEARCH_EVERY:
                 return new, captured, low
         if method == "randomized" or (method == "warm" and old is not None):
-            new = sketch_basis(grad, r, self.side, wide, (name, count), old if method == "warm" else None)
+            new = sketch_basis(grad, r, self.side, wide, (name, count), old if method == "warm" else None, over)
         else:
             fix_signs = self.group["compat"] != "authors"
             exact = "gram" if method == "warm" else method
-            new = find_basis(grad, r, self.side, exact, wide, fix_signs=fix_signs)
-        return new, *self._captured(grad, new)
+            new = find_basis(grad, r, self.side, exact, wide, fix_signs=fix_signs, over=over)
+        return new, *self._captured(grad, over, new)
 
-    def _captured(self, grad: Tensor, basis: Tensor) -> tuple[float, Tensor]:
+    def _captured(self, grad: Tensor, over: Layout, basis: Tensor) -> tuple[float, Tensor]:
         low = project(grad, basis, self.side)
-        share = torch.linalg.vector_norm(low) / torch.linalg.vector_norm(grad, dtype=basis.dtype)
-        return read(share.square(), usual=1.0), low
+        inside, all_of_it = over.norms(low, grad, dtype=basis.dtype)
+        return read((inside / all_of_it).square(), usual=1.0), low
 
     def _align(self, new: Tensor, turn: Tensor, state: State, moments: Sequence[Moment]) -> Tensor:
         """Turn the new basis to the old one, or the moments to the new basis. `turn` is Q_new Q_old^T."""
@@ -178,12 +242,26 @@ class Subspace:
 
     def _rotate(self, state: State, moment: Moment, turn: Tensor) -> None:
         codec = codec_for(self.group["states"], self.low_shape)
+        home = codec.home(self.low)
         values = codec.read(state, moment.key, slice(None), turn.dtype, signed=moment.signed)
-        turned = turn.to(values.dtype) @ values if self.side == "left" else values @ turn.to(values.dtype).T
+        turn = turn.to(values.dtype)
+        if self.side == "right":
+            turned = values @ turn.T
+        elif home.dim == 0:  # rows of the moments are on several ranks, and each of the turned ones is made of all
+            turned = home.scatter(turn[:, home.mine] @ values)
+        else:
+            turned = turn @ values
         if codec.in_place:
             state[moment.key].copy_(turned)
         else:
             codec.write(state, moment.key, slice(None), turned, signed=moment.signed)
+
+
+def _peak(grad: Tensor) -> Tensor:
+    """Largest magnitude; infinity if there is a NaN. 15 times as fast as torch's infinity norm."""
+    if not grad.numel():
+        return grad.new_zeros(())
+    return torch.maximum(grad.amax(), -grad.amin()).nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 def check_subspace(group: Group, lift: str, rule: Rule) -> None:

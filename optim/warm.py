@@ -15,6 +15,7 @@ from torch import Tensor
 from optim.base import read
 from optim.projection import Side, fixed_signs, project, row_slices
 from optim.rounding import keyed_normal
+from parallel.dtensor import WHOLE, Layout
 
 OVERSAMPLE = 64
 """Directions sketched beyond the rank; with PASSES they give 0.99 of the optimal energy on a slow i^-0.5 spectrum."""
@@ -25,16 +26,17 @@ ORTHONORMAL = 1e-12
 """Largest entry of |Q Q^T - I| that is accepted."""
 
 
-def warm_basis(grad: Tensor, old: Tensor, side: Side) -> Tensor:
-    """One pass of power iteration from `old` (r, k), in its dtype."""
-    return orthonormal_rows(_pass(grad, old, side))
+def warm_basis(grad: Tensor, old: Tensor, side: Side, over: Layout = WHOLE) -> Tensor:
+    """One pass of power iteration from `old` (r, k), in its dtype. `over`: see `projection.py`, as below."""
+    return orthonormal_rows(_pass(grad, old, side, over))
 
 
 def sketch_basis(
-    grad: Tensor, rank: int, side: Side, wide: torch.dtype, key: tuple[str, int], old: Tensor | None
-) -> Tensor:
+    grad: Tensor, rank: int, side: Side, wide: torch.dtype, key: tuple[str, int], old: Tensor | None,
+    over: Layout = WHOLE,
+) -> Tensor:  # fmt: skip
     """Leading directions found from random ones, keyed by (name, number), and those of `old`. (r, k)"""
-    m, n = grad.shape
+    m, n = grad.shape if over.whole else over.shape
     k = m if side == "left" else n
     size = min(rank + OVERSAMPLE, m, n)
     count = size if old is None else max(size - rank, 0)
@@ -42,11 +44,11 @@ def sketch_basis(
     if old is not None:
         found = torch.cat([old, found])
     for _ in range(PASSES):
-        found = orthonormal_rows(_pass(grad, found, side))
+        found = orthonormal_rows(_pass(grad, found, side, over))
     low = project(grad, found, side)
     low = (low if side == "left" else low.T).double()
-    low /= torch.linalg.vector_norm(low).clamp(min=torch.finfo(low.dtype).tiny)
-    vectors: Tensor = torch.linalg.eigh(low @ low.T).eigenvectors[:, -rank:].flip(1)
+    low /= over.norms(low)[0].clamp(min=torch.finfo(low.dtype).tiny)
+    vectors: Tensor = torch.linalg.eigh(over.sum_(low @ low.T)).eigenvectors[:, -rank:].flip(1)
     return fixed_signs(orthonormal_rows(vectors.T.to(wide) @ found))
 
 
@@ -73,12 +75,12 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     return signed.T.to(rows.dtype)
 
 
-def _pass(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
+def _pass(grad: Tensor, basis: Tensor, side: Side, over: Layout) -> Tensor:
     """(basis G) G^T for left, (basis G^T) G for right, up to a factor that keeps it in range. (r, k)"""
     low: Tensor = project(grad, basis, side)
-    low = low.div_(torch.linalg.vector_norm(low).clamp(min=torch.finfo(low.dtype).tiny))
+    low = low.div_(over.norms(low)[0].clamp(min=torch.finfo(low.dtype).tiny))
     if grad.dtype == low.dtype:
-        return low @ grad.T if side == "left" else low.T @ grad
+        return over.sum_(low @ grad.T if side == "left" else low.T @ grad)
     out = torch.zeros_like(basis)
     for rows in row_slices(grad):
         part = grad[rows].to(low.dtype)
@@ -86,4 +88,4 @@ def _pass(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
             torch.mm(low, part.T, out=out[:, rows])
         else:
             out.addmm_(low[rows].T, part)
-    return out
+    return over.sum_(out)

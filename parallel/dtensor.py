@@ -16,6 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+# Renamed in torch 2.13.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, on the same storage; a plain tensor itself."""
@@ -118,6 +122,11 @@ class Layout:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def norms(self, *tensors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Norms of the tensors that the ranks have parts of, in one sum, computed in `dtype`."""
+        found = torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors])
+        return found if self.whole else self.sum_(found.square_()).sqrt_()
+
     def max_(self, tensor: Tensor) -> Tensor:
         """The largest of the ranks, in place."""
         if not self.whole:
@@ -131,27 +140,29 @@ class Layout:
         assert self.dim == 0, "rows are scattered"
         each = -(-self.shape[0] // self.count)
         kept = partial.new_empty((each, *self.shape[1:]))
-        dist.reduce_scatter_tensor(kept, _with_rows(partial, each * self.count), group=self.group)
+        reduce_scatter(kept, _with_rows(partial, each * self.count), group=self.group)
         return kept[: self.local_shape[0]]
 
     def gather(self, part: Tensor) -> Tensor:
-        """The whole tensor from its rows on the ranks. For a `dim` of 0."""
-        if self.whole:
+        """The whole tensor from its parts on the ranks."""
+        if self.dim is None:
             return part
-        assert self.dim == 0, "rows are gathered"
+        if self.dim == 1:
+            return self.like(self.shape[1::-1] + self.shape[2:], 0).gather(part.transpose(0, 1)).transpose(0, 1)
+        assert self.dim == 0, "rows or columns are gathered"
         each = -(-self.shape[0] // self.count)
         found = part.new_empty((each * self.count, *self.shape[1:]))
-        dist.all_gather_into_tensor(found, _with_rows(part, each), group=self.group)
+        all_gather(found, _with_rows(part, each), group=self.group)
         return found[: self.shape[0]]
 
-    def move(self, part: Tensor, dim: int) -> Tensor:
+    def move(self, part: Tensor, dim: int | None) -> Tensor:
         """This rank's part of the same tensor sharded on `dim`: rows for columns, or columns for rows.
 
         One all-to-all: a rank sends what it has once, and never holds more than its own parts.
         """
         if self.whole or dim == self.dim:
             return part
-        assert self.dim is not None and {self.dim, dim} == {0, 1}, "rows and columns are exchanged"
+        assert self.dim is not None and dim is not None and self.dim + dim == 1, "rows and columns are exchanged"
         theirs = [self.span(self.shape[dim], rank) for rank in range(self.count)]
         sent = [part[span] if dim == 0 else part[:, span] for span in theirs]
         there = self.like(self.shape, dim)
@@ -170,6 +181,10 @@ class Layout:
             return found.view(there.local_shape)
         pieces = torch.split(found, [math.prod(shape) for shape in shapes])
         return torch.cat([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)], dim=1)
+
+
+WHOLE = Layout(())
+"""Of a tensor that no other rank has a part of, whatever its shape."""
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:

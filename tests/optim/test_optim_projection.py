@@ -98,11 +98,11 @@ def test_a_solver_that_fails_in_fp32_is_called_again_in_fp64(monkeypatch):
     expected = basis_of(grad, 4, "left", "gram")
     solver, called = projection.METHODS["gram"], []
 
-    def fails_in_fp32(matrix, rank, side):
+    def fails_in_fp32(matrix, *more):
         called.append(matrix.dtype)
         if matrix.dtype is torch.float32:
             raise torch.linalg.LinAlgError("did not converge")
-        return solver(matrix, rank, side)
+        return solver(matrix, *more)
 
     monkeypatch.setitem(projection.METHODS, "gram", fails_in_fp32)
     torch.testing.assert_close(basis_of(grad, 4, "left", "gram"), expected, rtol=0, atol=1e-5)
