@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optim.config import CONFIGS, OptimConfig
@@ -53,8 +53,36 @@ def config_class(name: str) -> type[OptimConfig]:
     return CONFIGS[name]
 
 
+def groups(
+    cfg: OptimConfig,
+    named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]",
+    stepped: "Mapping[str, torch.nn.Parameter] | None" = None,
+) -> list[dict[str, Any]]:
+    """Groups of `cfg` over the trainable parameters, each once, grouped by the config's rules.
+
+    Args:
+        named_parameters: of the model, frozen ones included; their names and shapes decide.
+        stepped: what this process steps of each, by name: a part, or nothing for a name that is absent. Default: all.
+
+    Raises:
+        ValueError: nothing trainable, or a rule that fits no parameter.
+    """
+    from optim.groups import parameter_groups
+
+    found = parameter_groups(cfg, named_parameters)
+    if stepped is None:
+        return found
+    for group in found:
+        group["params"] = [(name, stepped[name]) for name, _ in group["params"] if name in stepped]
+    return [group for group in found if group["params"]]
+
+
 def build(
-    cfg: OptimConfig, named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]", *, rounding: str = "nearest"
+    cfg: OptimConfig,
+    named_parameters: "Iterable[tuple[str, torch.nn.Parameter]]",
+    *,
+    rounding: str = "nearest",
+    stepped: "Mapping[str, torch.nn.Parameter] | None" = None,
 ) -> "MemoryOptimizer":
     """Build the optimizer of `cfg` over the trainable parameters, each once, grouped by the config's rules.
 
@@ -62,15 +90,13 @@ def build(
         cfg: one of the dataclasses of `optim.config`.
         named_parameters: of the model, frozen ones included.
         rounding: how bf16 weights take an fp32 step, "nearest" or "stochastic".
+        stepped: as for `groups`.
 
     Raises:
         ValueError: unknown name, nothing trainable, or a rule that fits no parameter.
     """
-    from optim.groups import parameter_groups
-
     cls = _optimizer_class(cfg.name)
-    groups: Any = parameter_groups(cfg, named_parameters)
-    optimizer: MemoryOptimizer = cls(groups, **cfg.options(), rounding=rounding)
+    optimizer: MemoryOptimizer = cls(groups(cfg, named_parameters, stepped), **cfg.options(), rounding=rounding)
     return optimizer
 
 

@@ -8,6 +8,8 @@ class EngineName(Enum):
     """Which library drives the distributed step."""
 
     torch = "torch"
+    deepspeed = "deepspeed"
+    accelerate = "accelerate"
 
 
 class Accumulate(Enum):
@@ -21,7 +23,8 @@ class Accumulate(Enum):
 @dataclass(kw_only=True)
 class ParallelConfig:
     engine: EngineName = EngineName.torch
-    """Library that runs the distributed step. `torch`: DistributedDataParallel."""
+    """Library that runs the distributed step. torch: DDP and FSDP2; deepspeed: its ZeRO-1, 2 and 3, whose own options
+    are `deepspeed.KEY=VALUE`; accelerate: what the file given to `accelerate launch --config_file` says."""
     zero: int = 0
     """What is cut into shards, one a rank. 0: nothing, every rank holds a replica (DDP). 1: optimizer states. 2: states
     and gradients, and weights between steps (FSDP2 that keeps a step's gathered weights from forward to backward).

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
-from parallel.config import ParallelConfig
+from parallel.config import EngineName, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,17 @@ def connected(cfg: ParallelConfig, device: str, threads: int | None = None) -> I
     if on_cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before the first product; cuBLAS's own
         torch.cuda.set_device(place)  # default lets products that share a stream differ between runs
-    if count == 1:
+    if count == 1 and cfg.engine is EngineName.torch:
         yield World(device=place)
         return
     timeout = timedelta(seconds=cfg.timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
+    # The libraries want a process group of one, too; it meets nobody, so it needs no address.
+    alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1} if count == 1 else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, **alone)
     try:
+        if alone:
+            yield World(device=place)
+            return
         control = dist.new_group(backend="gloo", timeout=timeout)
         yield World(rank, count, local_rank, place, control)
     finally:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from offload.activations import Activations
 from optim import registry
 from optim.in_backward import InBackward
+from parallel.config import EngineName
 from parallel.launch import World
 from parallel.place import spread as spread_over_ranks
 from parallel.spread import Spread
@@ -73,6 +74,27 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     return corpus, config, model
 
 
+def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, InBackward | None]:
+    """Lay `model` over the ranks; return the optimizer of what is left here, its engine, and its update in backward."""
+    spread = place(cfg, world, model)
+    rounding = "stochastic" if cfg.precision.weights is Dtype.bf16_sr else "nearest"
+    optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding)
+    optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
+    in_backward = None
+    if cfg.optim.in_backward:
+        clip_by = cfg.train.clip_by.value
+        in_backward = InBackward(optimizer, world, clip_norm=cfg.train.clip_norm, clip_by=clip_by)
+    return optimizer, TorchEngine(spread, optimizer), in_backward
+
+
+def with_library(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, None]:
+    """Put a library around `model` that wants to wrap the optimizer too; it is imported when it is asked for."""
+    from trainer.engines.deepspeed_engine import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(model, world, cfg)
+    return engine.optimizer, engine, None
+
+
 def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     """Put around `model` what trains it, fake weights included (`trainer.plan`).
 
@@ -80,18 +102,11 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         UserError: model and options do not fit each other.
     """
     activations = manage_activations(cfg.activations, world, model)
-    spread = place(cfg, world, model)
-    rounding = "stochastic" if cfg.precision.weights is Dtype.bf16_sr else "nearest"
+    with_engine = with_torch if cfg.parallel.engine is EngineName.torch else with_library
     try:
-        optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding)
+        optimizer, engine, in_backward = with_engine(cfg, world, model)
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
-    optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
-    engine: Engine = TorchEngine(spread, optimizer)
-    in_backward = None
-    if cfg.optim.in_backward:
-        clip_by = cfg.train.clip_by.value
-        in_backward = InBackward(optimizer, world, clip_norm=cfg.train.clip_norm, clip_by=clip_by)
     return Trainable(
         cfg=cfg,
         world=world,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from offload.config import ActivationsConfig, Fate
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
+from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.schema import Attention, Config, Device, Dtype
 from trainer.track import track_problems
@@ -83,6 +84,7 @@ def start_problems(cfg: Config) -> list[str]:
     """Check what concerns the start of a run: batches over ranks, the run folder, resuming, schedule, tracker."""
     return [
         *rank_count_problems(cfg, int(os.environ.get("WORLD_SIZE", "1"))),
+        *deepspeed_config.problems(cfg, int(os.environ.get("WORLD_SIZE", "1"))),
         *schedule_problems(cfg),
         *folder_problems(cfg),
         *resume_problems(cfg),

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from offload.config import ActivationsConfig, Fate
 from offload.pool import TierFull
 from optim import registry
+from parallel.config import EngineName
 from parallel.launch import World
 from parallel.pretended import PretendedGroup
 from trainer.build import Trainable, make_trainable, place
@@ -90,6 +91,11 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
     Raises:
         UserError: the model computes something whose size depends on values.
     """
+    if cfg.parallel.engine is not EngineName.torch:
+        raise UserError(
+            f"parallel.engine={cfg.parallel.engine.value}: its step cannot be taken on fake tensors; plan the torch "
+            "engine at the same parallel.zero, which holds the same but for the library's buffers"
+        )
     world = World(process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None)
     from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
     with undisturbed(device), FakeTensorMode():

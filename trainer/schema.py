@@ -9,6 +9,7 @@ and against the machine's files.
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from offload.config import ActivationsConfig, OffloadConfig
 from optim.config import OptimConfig, ScheduleConfig
@@ -242,6 +243,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """parallel.engine=deepspeed: options of DeepSpeed under its own names, such as
+    deepspeed.zero_optimization.offload_optimizer.device=cpu."""
 
     def problems(self) -> list[str]:
         return [] if 0 <= self.seed < 2**63 else [f"seed={self.seed}: must lie between 0 and 2**63 - 1, such as seed=0"]

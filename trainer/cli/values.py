@@ -14,6 +14,9 @@ from trainer.cli import store
 from trainer.cli.overrides import Findings, hints, known_options, listing
 from trainer.nearest import hint, nearest
 
+FREE = "deepspeed."
+"""Options whose names a library decides: `trainer.engines.deepspeed_config` judges them."""
+
 
 def apply(cfg: DictConfig, values: list[Override], found: Findings) -> None:
     """Put every value that fits into `cfg`, as Hydra would, in place; the rest become problems.
@@ -27,6 +30,9 @@ def apply(cfg: DictConfig, values: list[Override], found: Findings) -> None:
         key = override.key_or_group
         if key.startswith("hydra."):
             continue  # of a sweep: Hydra's own to judge
+        if key.startswith(FREE):
+            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+            continue
         if (kind := option_type(cfg, key)) is None:
             if key.partition(".")[0] in found.doubtful and key in known_options():
                 continue  # an option of the choice that was meant, not of the default that stands in for it

@@ -1,0 +1,31 @@
+"""Whole tensors owned by ranks: who owns which, and how parts that all ranks hold come together and go back."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def balanced(sizes: Sequence[int], count: int) -> list[int]:
+    """Owner of each item, so that the `count` owners' sums of `sizes` are near each other: largest first, to the
+    owner that has least (at most 4/3 of the best possible). The same on every rank that gives the same sizes."""
+    load, owners = [0] * count, [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        owner = min(range(count), key=lambda rank: (load[rank], rank))
+        owners[item] = owner
+        load[owner] += sizes[item]
+    return owners
+
+
+def to_owners(parts: Sequence[Tensor], lengths: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Send part i to rank i of `group`; return what all ranks sent here, one after the other.
+
+    Args:
+        parts: one flat tensor for each rank, of one dtype; may be empty.
+        lengths: number of values each rank sends here.
+    """
+    sent = torch.cat(list(parts))
+    received = sent.new_empty(sum(lengths))
+    dist.all_to_all_single(received, sent, list(lengths), [part.numel() for part in parts], group=group)
+    return received

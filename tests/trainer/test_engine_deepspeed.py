@@ -1,0 +1,117 @@
+"""DeepSpeed trains what the torch engine trains, at every stage, and reads what it saved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.launch import connected
+from tests.ranks import on_ranks
+from tests.trainer import tiny
+from trainer.cli.compose import load
+
+OPTIMIZERS = {
+    "adamw": ["optim=adamw", "optim.weight_decay=0.1"],  # by parts, without communication
+    "galore_8bit": ["optim=galore_8bit", "optim.rank=8", "optim.update_proj_gap=2"],  # whole matrices, codec blocks
+    "cosmos": ["optim=cosmos", "optim.rank=8"],  # measures norms over matrices
+}
+STAGES = (1, 2, 3)
+HALF, END = 3, 6
+LARGE_MICRO = "train.micro_batch=6"
+"""One micro-step instead of six."""
+
+
+def deepspeed(stage: int) -> list[str]:
+    return ["parallel.engine=deepspeed", f"parallel.zero={stage}"]
+
+
+def on_two(folder: Path) -> dict[str, Any]:
+    """Train with torch and every stage; each goes on from the other's checkpoint of the middle."""
+    history: dict[str, Any] = {}
+    with connected(load(tiny.MODEL).parallel, "cpu", 1) as world:
+
+        def run(optimizer: str, name: str, overrides: list[str], start: int = 0, source: str | None = None) -> None:
+            built = tiny.trainable(world, [*OPTIMIZERS[optimizer], *overrides])
+            name = f"{optimizer}/{name}"
+            if source is not None:
+                tiny.resume(world, built, folder / optimizer / source, start)
+                tiny.save(world, built, folder / name / "again", start)
+            found = tiny.train(world, built, range(start, HALF))
+            if start < HALF:
+                tiny.save(world, built, folder / name, HALF)
+            history[name] = found + tiny.train(world, built, range(HALF, END))
+            tiny.save(world, built, folder / name, END)
+
+        for optimizer in OPTIMIZERS:
+            run(optimizer, "torch", [])
+            for stage in STAGES:
+                run(optimizer, f"zero{stage}", deepspeed(stage))
+                run(optimizer, f"zero{stage}_from_torch", [*deepspeed(stage), LARGE_MICRO], HALF, "torch")
+            run(optimizer, "torch_from_zero3", [], HALF, "zero3")
+        run("adamw", "zero1_from_zero3", deepspeed(1), HALF, "zero3")
+    return history
+
+
+def on_other(folder: Path, ranks: int) -> dict[str, Any]:
+    """Go on from two ranks' checkpoints."""
+    history = {}
+    with connected(load([*tiny.MODEL, *deepspeed(1)]).parallel, "cpu", 1) as world:
+        for optimizer in OPTIMIZERS:
+            for source, stage in (("zero1", 3), ("zero3", 2)):
+                name = f"{optimizer}/zero{stage}_from_{source}_on_{ranks}"
+                built = tiny.trainable(world, [*OPTIMIZERS[optimizer], *deepspeed(stage)])
+                tiny.resume(world, built, folder / optimizer / source, HALF)
+                tiny.save(world, built, folder / name / "again", HALF)
+                history[name] = tiny.train(world, built, range(HALF, END))
+                tiny.save(world, built, folder / name, END)
+    return history
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder of the checkpoints, and history of every run, first rank's."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    history = on_ranks(2, on_two, folder, timeout=600)[0]
+    for ranks in (1, 3):
+        history |= on_ranks(ranks, on_other, folder, ranks, timeout=600)[0]
+    return folder, history
+
+
+def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Largest of the weights."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[k] - wanted[k]).abs().max()) for k in wanted if k.startswith("model/"))
+
+
+def test_every_stage_rank_count_and_resume_ends_where_torch_ends(trained: tuple[Path, dict[str, Any]]) -> None:
+    """fp32, 6 steps, clipped: sums in another order, so 1e-5."""
+    folder, history = trained
+    wanted = {optimizer: tiny.saved(folder / optimizer / "torch", END)[0] for optimizer in OPTIMIZERS}
+    found = {name: difference(tiny.saved(folder / name, END)[0], wanted[name.split("/")[0]]) for name in history}
+    assert len(found) == 12 * len(OPTIMIZERS) + 1 and {name: d for name, d in found.items() if not d < 1e-5} == {}
+
+
+def test_the_reported_loss_and_norm_are_the_true_ones(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, history = trained
+    for optimizer in OPTIMIZERS:
+        losses, norms, _ = zip(*history[f"{optimizer}/torch"], strict=True)
+        assert min(norms) > 0.5, "clipping is to be active"
+        for name, steps in history.items():
+            if name.startswith(f"{optimizer}/"):
+                assert [s[0] for s in steps] == pytest.approx(losses[-len(steps) :], rel=1e-5), name
+                assert [s[1] for s in steps] == pytest.approx(norms[-len(steps) :], rel=1e-4), name
+
+
+def test_a_checkpoint_is_the_same_after_another_engine_stage_and_rank_count(
+    trained: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, history = trained
+    resumed = [name for name in history if "_from_" in name]
+    assert len(resumed) == 8 * len(OPTIMIZERS) + 1
+    for name in resumed:
+        optimizer, run = name.split("/")
+        wanted, numbers = tiny.saved(folder / optimizer / run.split("_from_")[1].split("_on_")[0], HALF)
+        found, found_numbers = tiny.saved(folder / name / "again", HALF)
+        assert found.keys() == wanted.keys() and found_numbers == numbers
+        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == [], name
