@@ -28,7 +28,7 @@ def problems(cfg: Config) -> list[str]:
         if is_dataclass(section):
             found += section_problems(f"{entry.name}.", section)
     found += model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg)
-    return found + attention_problems(cfg) + clip_problems(cfg)
+    return found + attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
 
 
 def section_problems(prefix: str, section: object) -> list[str]:
@@ -78,6 +78,17 @@ def attention_problems(cfg: Config) -> list[str]:
     if cfg.precision.compute is not Dtype.bf16:
         found.append(f"{asked}: cannot run precision.compute={cfg.precision.compute.value}; use bf16, or {remedy}")
     return found
+
+
+def library_problems(cfg: Config) -> list[str]:
+    """Other packages' optimizers compute in fp32."""
+    package = getattr(cfg.optim, "package", None)
+    if package is None or cfg.precision.weights is not Dtype.fp64:
+        return []
+    return [
+        f"precision.weights=fp64: optim={cfg.optim.name} is of {package}, which computes in fp32; use precision=fp32, "
+        "or an optimizer of ours, such as optim=adamw"
+    ]
 
 
 def start_problems(cfg: Config) -> list[str]:

@@ -60,6 +60,7 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.throughput.seconds,
             "first_evaluation": self.first_evaluation,
+            "previous_norm": self.built.in_backward.previous if self.built.in_backward is not None else None,
             "identity": identity(self.built.cfg),
             "data_fingerprint": self.built.corpus.fingerprint,
             "optimizer_numbers": self.built.engine.numbers(),

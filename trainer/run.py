@@ -188,6 +188,8 @@ def begin(
             recorder.notice(f"going on from {checkpoint.path}")
         else:
             recorder.notice(f"going on from {checkpoint.path}, at the beginning of other data")
+    if built.in_backward is not None:
+        built.in_backward.previous = where.get("previous_norm")
     throughput = Throughput(
         total_steps=cfg.train.steps,
         step=where.get("step", 0),

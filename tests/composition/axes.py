@@ -1,0 +1,251 @@
+"""What can be combined: a table of axes. A value is a name and the Hydra overrides that ask for it, one line each.
+
+The first value of an axis is its default. Axes of the method (what is computed) belong to the single-process reference
+too; axes of the layout (where and when it is computed) are what must make no difference. Options are given one by one
+and not by a group's file: configurations of the same files are composed in a fifth of the time.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+from unittest import mock
+
+from optim.config import CONFIGS
+from trainer.cli.compose import judge
+
+STEPS = 5
+GAP = 2
+"""Steps between refreshes: at 0, 2 and 4, so that a new basis is found, stepped with twice, and refreshed from."""
+GLOBAL_BATCH = 48
+"""Splits into 1, 2, 3 and 4 ranks times 1, 2 and 4 micro-steps."""
+STOP_AFTER = 3
+"""Steps before the interruption of the combinations that are resumed: between two refreshes."""
+
+
+OWN = "="
+
+
+@dataclass(frozen=True)
+class Value:
+    name: str
+    overrides: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
+    """What no override says: `ranks`, `micro_steps`, `resume`; `reference`, values that its reference has where others
+    have that of the method or the default, OWN the combination's own; `drifts`, whether how a batch is split shows
+    even in fp64."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    name: str
+    about: str
+    """One line for the document."""
+    method: bool
+    values: tuple[Value, ...]
+
+    def __getitem__(self, name: str) -> Value:
+        found = {value.name: value for value in self.values}
+        if name not in found:
+            raise ValueError(f"{self.name}={name}: unknown; known are {', '.join(found)}")
+        return found[name]
+
+
+def v(name: object, *overrides: str, **settings: Any) -> Value:
+    return Value(str(name), overrides, settings)
+
+
+def low(name: str, rank: int = 32, *more: str) -> Value:
+    return v(name, f"optim={name}", f"optim.rank={rank}", *more)
+
+
+SMALL = "activations.min_bytes=256"
+"""Activations of the tiny model are worth moving."""
+REFRESHED = f"optim.update_proj_gap={GAP}"
+
+AXES: tuple[Axis, ...] = (
+    Axis("optimizer", "every registered name", True, (
+        v("adamw", "optim=adamw"),
+        v("adamw_8bit", "optim=adamw_8bit"),
+        v("adamw_4bit", "optim=adamw_4bit"),
+        v("adamw_fp8", "optim=adamw_fp8"),
+        v("sgd", "optim=sgd"),
+        v("adafactor", "optim=adafactor"),
+        low("galore", 32, REFRESHED),
+        low("galore_8bit", 32, REFRESHED),
+        low("galore_adafactor", 32, REFRESHED),
+        low("apollo", 32, REFRESHED),
+        low("apollo_mini", 1, REFRESHED),
+        low("fira", 32, REFRESHED),
+        low("cosmos", 16),
+        v("bnb_adamw_8bit", "optim=bnb_adamw_8bit"),
+        v("bnb_paged_adamw_8bit", "optim=bnb_paged_adamw_8bit"),
+        v("bnb_paged_adamw", "optim=bnb_paged_adamw"),
+        v("bnb_lion_8bit", "optim=bnb_lion_8bit"),
+        v("bnb_paged_lion_8bit", "optim=bnb_paged_lion_8bit"),
+        v("torchao_adamw_8bit", "optim=torchao_adamw_8bit", "optim.compile=false"),
+        v("torchao_adamw_4bit", "optim=torchao_adamw_4bit", "optim.compile=false"),
+        v("torchao_adamw_fp8", "optim=torchao_adamw_fp8", "optim.compile=false"),
+    )),
+    Axis("states", "codec of the moments; `own` is the optimizer's default", True, (
+        v("own"), *(v(name, f"optim.states={name}") for name in ("fp32", "bf16", "int8", "int4", "fp8")),
+    )),
+    Axis("precision", "formats of weights and of products", True, (
+        v("fp64", "precision.weights=fp64", "precision.compute=fp64"),
+        v("fp32", "precision.weights=fp32", "precision.compute=fp32"),
+        v("bf16", "precision.weights=fp32", "precision.compute=bf16"),
+        v("bf16_pure", "precision.weights=bf16", "precision.compute=bf16"),
+        v("bf16_sr", "precision.weights=bf16_sr", "precision.compute=bf16"),
+    )),
+    Axis("refresh", "how a new basis is found; `own` is the optimizer's default", True, (
+        v("own"), *(v(name, f"optim.refresh={name}") for name in ("warm", "gram", "svd", "randomized", "random")),
+    )),
+    Axis("on_refresh", "what becomes of the moments when the basis changes", True, (
+        v("keep"), *(v(name, f"optim.on_refresh={name}") for name in ("sign", "procrustes", "rotate", "reset")),
+    )),
+    Axis("side", "which side of a gradient is projected", True, (
+        v("std"), *(v(name, f"optim.proj_type={name}") for name in ("reverse_std", "left", "right")),
+    )),
+    Axis("basis", "how a basis is kept", True, (v("fp32"), v("int4", "optim.basis=int4"))),
+    Axis("when", "when bases are refreshed", True, (
+        v("every_gap"), v("stagger", "optim.stagger=true"), v("lazy", "optim.lazy=true", "optim.lazy_threshold=0.01"),
+    )),
+    Axis("clip", "clipping of gradients, to a norm that every step exceeds", True, (
+        v("off", "train.clip_norm=0"),
+        v("global", "train.clip_norm=0.1"),
+        v("parameter", "train.clip_norm=0.1", "train.clip_by=parameter"),
+        v("previous", "train.clip_norm=0.1", "train.clip_by=previous", reference={"in_backward": OWN}),
+        v("two_pass", "train.clip_norm=0.1", "train.clip_by=two_pass", reference={"clip": "global"}),
+    )),
+    Axis("embeddings", "whether the head shares the embedding's weights", True, (
+        v("own"), v("tied", "model.tie_embeddings=true"),
+    )),
+    Axis("packing", "how documents become rows; `document` masks unevenly", True, (
+        v("document", "data.packing=document"),
+        v("concat", "data.packing=concat"),
+        v("best_fit", "data.packing=best_fit"),
+    )),
+    Axis("ranks", "processes (gloo)", False, tuple(v(n, ranks=n) for n in (1, 2, 3, 4))),
+    Axis("zero", "what is sharded over the ranks", False, (v(0),)),
+    Axis("accumulation", "micro-steps of a step", False, tuple(v(n, micro_steps=n) for n in (1, 2, 4))),
+    Axis("in_backward", "whether each parameter is stepped within backward", False, (
+        v("no"), v("yes", "optim.in_backward=true"),
+    )),
+    Axis("activations", "what becomes of saved activations; what 8-bit codes lose, the reference loses too", False, (
+        v("keep"),
+        v("recompute", "activations.fate=recompute"),
+        v("selective", "activations.fate=selective"),
+        v("host", "activations.fate=host", SMALL),
+        v("disk", "activations.fate=disk", SMALL),
+        v("int8", "activations.fate=int8", SMALL, reference={"activations": OWN, "mlp": OWN}),
+        v("fp8", "activations.fate=fp8", SMALL, reference={"activations": OWN, "mlp": OWN}, drifts=True),
+        v("recompute_host", "activations.fate=recompute", "activations.inputs=host", SMALL),
+    )),
+    Axis("mlp", "pieces along the tokens that an MLP runs in", False, (
+        v("whole"), v("tiled", "activations.tile_mlp=3"),
+    )),
+    Axis("resume", "straight through; interrupted and resumed; saved by one process; resumed by one process", False, (
+        v("straight"), v("again", resume="again"), v("from_one", resume="from_one"), v("to_one", resume="to_one"),
+    )),
+)  # fmt: skip
+
+BY_NAME = {axis.name: axis for axis in AXES}
+
+COMMON = (
+    "model.hidden_size=64", "model.intermediate_size=136", "model.layers=2", "model.heads=4", "model.kv_heads=2",
+    "data.sequence_length=16", "data.eval_fraction=0.1", "data.eval_rows=12",
+    f"train.steps={STEPS}", f"train.global_batch={GLOBAL_BATCH}", "train.log_every=1", "train.eval_every=0",
+    "optim.weight_decay=0.02", "run.device=cpu", "run.threads=1", "parallel.timeout=60",
+)  # fmt: skip
+"""GQA, and sides that 3 ranks divide unevenly; matrices just large enough for every codec to quantize some."""
+
+
+@dataclass(frozen=True, order=True)
+class Combination:
+    """One value of every axis, by name, in the order of AXES."""
+
+    names: tuple[str, ...] = tuple(axis.values[0].name for axis in AXES)
+
+    @classmethod
+    def of(cls, **chosen: object) -> "Combination":
+        """Give some axes a value, the others their default.
+
+        Raises:
+            ValueError: an unknown axis or value; the message lists the known ones.
+        """
+        unknown = sorted(chosen.keys() - BY_NAME.keys())
+        if unknown:
+            raise ValueError(f"{unknown[0]}: no such axis; there are {', '.join(BY_NAME)}")
+        return cls(tuple(axis[str(chosen.get(axis.name, axis.values[0].name))].name for axis in AXES))
+
+    def __str__(self) -> str:
+        return " ".join(f"{axis}={name}" for axis, name in self.items() if name != BY_NAME[axis].values[0].name) or "-"
+
+    def items(self) -> Iterator[tuple[str, str]]:
+        return zip(BY_NAME, self.names, strict=True)
+
+    def __getitem__(self, axis: str) -> str:
+        return dict(self.items())[axis]
+
+    def but(self, **chosen: object) -> "Combination":
+        """The same with other values of some axes."""
+        return Combination.of(**{**dict(self.items()), **chosen})
+
+    @cached_property
+    def values(self) -> tuple[Value, ...]:
+        return tuple(axis[name] for axis, name in zip(AXES, self.names, strict=True))
+
+    def setting(self, key: str, default: Any) -> Any:
+        return next((value.settings[key] for value in self.values if value.settings and key in value.settings), default)
+
+    @property
+    def ranks(self) -> int:
+        return int(self.setting("ranks", 1))
+
+    @property
+    def resume(self) -> str:
+        return str(self.setting("resume", "straight"))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing but the order of fp64 sums depends on the layout."""
+        return self["precision"] == "fp64" and not self.setting("drifts", False)
+
+    @property
+    def reference(self) -> "Combination":
+        """The same method in one process: nothing sharded, split, recomputed or interrupted."""
+        chosen = {axis.name: name for axis, name in zip(AXES, self.names, strict=True) if axis.method}
+        for value in self.values:
+            for axis, name in (value.settings or {}).get("reference", {}).items():
+                chosen[axis] = self[axis] if name == OWN else name
+        return Combination.of(**chosen)
+
+    def overrides(self) -> list[str]:
+        """Hydra overrides that ask for it, but for the data and the run's folder."""
+        micro = GLOBAL_BATCH // (self.ranks * self.setting("micro_steps", 1))
+        asked = [override for value in self.values for override in value.overrides]
+        return [*COMMON, *asked, f"train.micro_batch={micro}"]
+
+    @property
+    def refusal(self) -> str:
+        """What the configuration check says to it; empty where it has nothing against it."""
+        return refusal(self)
+
+    def is_meaningful(self) -> bool:
+        """Whether the optimizer has every option of `optim` that is asked for: AdamW has no basis to refresh."""
+        return applies(self.values, self["optimizer"])
+
+
+@functools.cache
+def refusal(combination: Combination) -> str:
+    with mock.patch.dict(os.environ, WORLD_SIZE=str(combination.ranks)):
+        return "; ".join(judge(["data=stdlib", *combination.overrides()])[1])
+
+
+def applies(values: tuple[Value, ...], optimizer: str) -> bool:
+    """Whether `optimizer` has the options of `values`. Asking for others is refused as any unknown option is."""
+    has = {field.name for field in fields(CONFIGS[optimizer])}
+    asked = {o.removeprefix("optim.").split("=")[0] for x in values for o in x.overrides if o.startswith("optim.")}
+    return asked <= has

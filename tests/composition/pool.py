@@ -1,0 +1,124 @@
+"""Processes that stay: one process group for many combinations, begun anew after a crash or a hang."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tests.composition.case import Job, Report, run_job
+from tests.ranks import free_port
+
+SECONDS = 120.0
+"""A combination takes about a second; one that takes this long waits for something that will not come."""
+GRACE = 3.0
+"""Seconds the other ranks may take to end once one has crashed: those left wait for it in a collective."""
+
+
+def work(rank: int, count: int, port: int, jobs: Connection) -> None:
+    """One process of a pool: join the group as under torchrun, then do jobs until there are no more."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    from parallel.config import ParallelConfig
+    from parallel.launch import connected
+    from trainer.checkpoint import files
+
+    files.os.fsync = lambda fd: None  # type: ignore[assignment]  # no power cut is tried here, and disks are slow
+    with connected(ParallelConfig(timeout=SECONDS), "cpu", 1) as world, suppress(EOFError):  # the other end is gone
+        while True:
+            jobs.send(run_job(jobs.recv(), world))
+
+
+class Pool:
+    """`count` ranks that do one job at a time.
+
+    They are forked from a server that has imported everything, so that a new set takes a fraction of a second.
+    """
+
+    def __init__(self, count: int, seconds: float = SECONDS) -> None:
+        self.count, self.seconds = count, seconds
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, job: Job) -> list[Report]:
+        """Return the reports of all ranks, in order. After a crash or a hang the processes are replaced."""
+        if not self._processes:
+            self._start()
+        reports: list[Report | None] = [None] * self.count
+        with suppress(BrokenPipeError):
+            for pipe in self._pipes:
+                pipe.send(job)
+        deadline = time.monotonic() + self.seconds
+        while (left := [pipe for pipe, report in zip(self._pipes, reports, strict=True) if report is None]) and (
+            ready := wait(left, max(0.0, deadline - time.monotonic()))
+        ):
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                reports[rank] = received(pipe)  # type: ignore[arg-type]
+                if reports[rank].kind != "done":  # type: ignore[union-attr]
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        hung = "waits for another rank" if any(reports) else f"no rank came back in {self.seconds:g} s"
+        found = [report or Report("hung", hung) for report in reports]
+        if any(report.kind not in ("done", "refused") for report in found) or len({r.kind for r in found}) > 1:
+            self.close()
+        return found
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.composition.case", "transformers.models.llama.modeling_llama"])
+        port = free_port()
+        for rank in range(self.count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(rank, self.count, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def close(self) -> None:
+        """End the processes, those that hang too."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def received(pipe: Connection) -> Report:
+    try:
+        report: Report = pipe.recv()
+    except (EOFError, ConnectionError):
+        return Report("died", "the process died")
+    return report
+
+
+class Pools:
+    """A pool of each size, begun on use. As a context: ended afterwards."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __enter__(self) -> "Pools":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+    def run(self, count: int, job: Job) -> list[Report]:
+        return self._pools.setdefault(count, Pool(count)).run(job)
+
+
+def worst(reports: Sequence[Report]) -> Report | None:
+    """The report that explains why the job was not done, others being the consequence; None if all is well."""
+    bad = [report for report in reports if report.kind != "done"]
+    return min(bad, key=lambda report: ("died", "crashed", "refused", "hung").index(report.kind), default=None)

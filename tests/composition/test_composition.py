@@ -1,0 +1,58 @@
+"""Every combination equals one process or is refused with a reason: a few in the quick suite, all pairs in the slow."""
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from optim import registry
+from tests.composition.axes import AXES, BY_NAME, Combination
+from tests.composition.cover import Array, drawn, meaningful_pairs
+from tests.composition.laboratory import Laboratory
+from tests.composition.survey import all_pairs, run
+
+
+@pytest.fixture(scope="module")
+def laboratory() -> Iterator[Laboratory]:
+    with Laboratory() as found:
+        yield found
+
+
+FOUND = [Combination.of(ranks=2, clip="previous", in_backward="yes", resume="again")]
+"""Combinations that once differed: the norm of the step before was in no checkpoint."""
+
+
+@pytest.mark.parametrize("combination", [*Array(strength=1).rows(), *FOUND], ids=str)
+def test_each_value_in_some_combination(laboratory: Laboratory, combination: Combination) -> None:
+    outcome = laboratory.judge(combination)
+    assert outcome.kind == "equal", str(outcome)
+
+
+@pytest.mark.slow
+def test_all_pairs_of_values(laboratory: Laboratory) -> None:
+    survey = all_pairs(laboratory, tell=print)
+    assert not survey.failures, "\n".join(f"{row}: {outcome}" for row, outcome in survey.failures.items())
+    assert len(survey.equal_pairs()) >= 0.95 * len(meaningful_pairs())
+
+
+@pytest.mark.slow
+def test_random_combinations(laboratory: Laboratory) -> None:
+    seed = int(os.environ.get("COMPOSITION_SEED") or random.randrange(10**6))
+    print(f"COMPOSITION_SEED={seed}")
+    outcomes = run(laboratory, drawn(12, seed), print)
+    wrong = [f"{row}: {outcome}" for row, outcome in outcomes.items() if not outcome.passes]
+    assert not wrong, "\n".join([f"COMPOSITION_SEED={seed}", *wrong])
+
+
+def test_every_axis_has_a_default_that_asks_for_nothing_special() -> None:
+    for axis in AXES:
+        assert len({value.name for value in axis.values}) == len(axis.values), axis.name
+        assert axis.about, axis.name
+    assert Combination.of().reference == Combination.of()
+    assert Combination.of(ranks=3, optimizer="galore").reference == Combination.of(optimizer="galore")
+    assert Combination.of(clip="two_pass", in_backward="yes").reference == Combination.of(clip="global")
+
+
+def test_every_optimizer_is_on_the_axis() -> None:
+    assert [value.name for value in BY_NAME["optimizer"].values] == registry.names()
