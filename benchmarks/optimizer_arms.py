@@ -1,0 +1,180 @@
+"""The optimizers that `optimizer_step` sets against each other, on the same weights and gradients.
+
+Every arm steps the same parameters with the same gradients in turn; only states are its own. Low-rank arms share the
+group keys of the authors' packages, with a gap that no measurement reaches: refreshes are asked for.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim import registry
+from optim.config import OptimConfig
+from optim.projection import add_back_, low_shape, project, side_of
+
+NEVER = 10**9
+MINI_SCALE = 128.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """Matrices of LLaMA blocks of one size."""
+
+    hidden: int
+    inner: int
+    blocks: int
+    rank: int
+    svd: bool
+    """Whether an SVD of every matrix, as the authors' refresh makes, fits into a few minutes on a CPU."""
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        block = [(self.hidden, self.hidden)] * 4 + [(self.inner, self.hidden)] * 2 + [(self.hidden, self.inner)]
+        return block * self.blocks
+
+
+SIZES = {
+    "60M": Size(512, 1376, blocks=2, rank=128, svd=True),
+    "350M": Size(1024, 2736, blocks=1, rank=256, svd=True),
+    "1B": Size(2048, 5461, blocks=1, rank=512, svd=False),
+    "7B": Size(4096, 11008, blocks=1, rank=1024, svd=False),
+}
+
+
+class Arm:
+    """One optimizer on some parameters."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, refresh: Callable[[], None] | None = None) -> None:
+        self.optimizer = optimizer
+        self.refresh = refresh
+        """Makes the next step find new bases; None where there are none."""
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+class Products:
+    """The floor under any GaLore step: R = G Q^T and W += R Q, nothing else."""
+
+    refresh = None
+
+    def __init__(self, params: list[Tensor], rank: int) -> None:
+        self.work = []
+        for p in params:
+            side = side_of(p.shape, "std")
+            length = p.shape[0] if side == "left" else p.shape[1]
+            basis = torch.linalg.qr(torch.randn(length, rank, device=p.device)).Q.T.contiguous()
+            self.work.append((p, basis, side, torch.randn(low_shape(p.shape, rank, side), device=p.device)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p, basis, side, _ in self.work:
+            assert p.grad is not None
+            low = project(p.grad, basis, side)
+            add_back_(p, low, basis, side, beta=1.0, alpha=-1e-6)
+
+
+def low_rank_group(params: list[Tensor], rank: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std", **more}]
+
+
+def ours(name: str, **options: Any) -> Callable[[list[Tensor], int], Arm]:
+    """One of our optimizers by its registered name."""
+
+    def build(params: list[Tensor], rank: int) -> Arm:
+        kind: type[OptimConfig] = registry.config_class(name)
+        low = {"rank": rank, "update_proj_gap": NEVER, "targets": "w"} if hasattr(kind, "update_proj_gap") else {}
+        if name in ("apollo_mini", "cosmos"):
+            low = {"targets": "w"} | ({"update_proj_gap": NEVER} if name == "apollo_mini" else {})
+        cfg = kind(lr=1e-4, **low, **options)
+        optimizer = registry.build(cfg, [(f"w{i}", p) for i, p in enumerate(params)])  # type: ignore[misc]
+        optimizer.check_finite = False  # as in our trainer, which has looked at the norm; the others look at nothing
+
+        def refresh() -> None:
+            for state in optimizer.state.values():
+                state["next_refresh"] = 0
+
+        return Arm(optimizer, refresh if low and name != "cosmos" else None)
+
+    return build
+
+
+def torchs(params: list[Tensor], rank: int) -> Arm:
+    return Arm(torch.optim.AdamW(params, lr=1e-4, fused=True))
+
+
+def theirs(module: str, kind: str, **low_rank: Any) -> Callable[[list[Tensor], int], Arm]:
+    """An optimizer of another package; low-rank ones are told to refresh by taking their basis away."""
+
+    def build(params: list[Tensor], rank: int) -> Arm:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = getattr(importlib.import_module(module), kind)
+            if not low_rank:
+                return Arm(made(params, lr=1e-4))
+            own = {key: value for key, value in low_rank.items() if value is not None}
+            groups = low_rank_group(params, own.pop("rank", rank), **own)
+            if "alpha" in own:
+                del groups[0]["scale"]
+            optimizer = made(groups, lr=1e-4)
+
+        def refresh() -> None:
+            for state in optimizer.state.values():
+                state["projector"].ortho_matrix = None
+
+        return Arm(optimizer, refresh)
+
+    return build
+
+
+APOLLO_KEYS = {"proj": "random", "scale": 1.0, "scale_type": "channel"}
+MINI_KEYS = {"rank": 1, "proj": "random", "scale": MINI_SCALE, "scale_type": "tensor"}
+ARMS: dict[str, Callable[[list[Tensor], int], Any]] = {
+    "torch adamw fused": torchs,
+    "adamw": ours("adamw"),
+    "galore products": Products,
+    "galore": ours("galore"),
+    "galore-torch": theirs("galore_torch", "GaLoreAdamW", scale=0.25),
+    "galore_8bit": ours("galore_8bit"),
+    "apollo": ours("apollo"),
+    "apollo-torch": theirs("apollo_torch", "APOLLOAdamW", **APOLLO_KEYS),
+    "apollo_mini": ours("apollo_mini"),
+    "apollo-torch mini": theirs("apollo_torch", "APOLLOAdamW", **MINI_KEYS),
+    "fira": ours("fira"),
+    "fira (authors)": theirs("fira", "FiraAdamW", alpha=0.25),
+    "cosmos": ours("cosmos"),
+    "adamw_8bit": ours("adamw_8bit"),
+    "bitsandbytes 8bit": theirs("bitsandbytes.optim", "AdamW8bit"),
+    "torchao 8bit": theirs("torchao.optim", "AdamW8bit"),
+    "adamw_4bit": ours("adamw_4bit"),
+    "torchao 4bit": theirs("torchao.optim", "AdamW4bit"),
+    "adamw_fp8": ours("adamw_fp8"),
+    "torchao fp8": theirs("torchao.optim", "AdamWFp8"),
+}
+"""By name: builds the arm for parameters with gradients, given the rank of low-rank methods."""
+
+
+def gradients(shapes: list[tuple[int, int]], device: torch.device, *, drift: float, seed: int) -> list[Tensor]:
+    """Gradients with singular values i^-0.5, and `drift` times as much of another of that kind on top.
+
+    Two calls with the same `seed` and another `drift` are what a run sees between two refreshes.
+    """
+    return [
+        spectrum(shape, device, seed + i) + drift * spectrum(shape, device, seed + i + 10_000)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def spectrum(shape: tuple[int, int], device: torch.device, seed: int) -> Tensor:
+    """A matrix whose singular values fall about as i^-0.5. Rows of random vectors, scaled: no SVD is needed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    k = min(shape)
+    left = torch.randn(shape[0], k, generator=generator, device=device)
+    right = torch.randn(k, shape[1], generator=generator, device=device)
+    sizes = torch.arange(1, k + 1, device=device, dtype=torch.float32).rsqrt()
+    return (left * sizes) @ right / (shape[0] * shape[1]) ** 0.5

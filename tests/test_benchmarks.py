@@ -1,0 +1,47 @@
+"""The committed documents are current, and the benchmarks run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory_table, optimizer_step
+from benchmarks.optimizer_arms import ARMS, Size, gradients
+
+
+def test_docs_memory_is_what_the_formulas_say() -> None:
+    assert memory_table.DOCUMENT.read_text() == memory_table.document(), "run python -m benchmarks.memory_table"
+
+
+OURS = ["galore products", "galore", "apollo", "apollo_mini", "fira", "cosmos", "adamw", "adamw_8bit", "adamw_fp8"]
+
+
+@pytest.mark.filterwarnings("ignore:rank=")
+def test_optimizer_step_measures_every_arm_and_judges_the_bars(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(optimizer_step.SIZES, "tiny", Size(16, 24, blocks=1, rank=8, svd=True))
+    names = [*OURS, "torch adamw fused", "galore-torch", "apollo-torch", "apollo-torch mini"]
+    names += ["fira (authors)", "bitsandbytes 8bit", "torchao 8bit"]
+    found = optimizer_step.run(["tiny"], names, torch.device("cpu"), minutes=0.05, rounds=3)["sizes"]["tiny"]
+    json.dumps(found)
+    installed = set(names) - set(found["left_out"])
+    assert set(OURS) <= installed and set(found["steady_seconds"]) == installed
+    assert found["rounds"] == 3 and found["ratios"]["galore"]["galore products"] > 0
+    assert found["captured_over_optimum"]["min"] > 0.9 and "captured / optimum" in found["bars"]
+    assert "ms a step" in capsys.readouterr().out
+
+
+def test_gradients_drift_from_one_another_and_fall_off_as_told() -> None:
+    shapes = [(64, 48)]
+    (first,), (second,) = (gradients(shapes, torch.device("cpu"), drift=d, seed=0) for d in (0.0, 0.15))
+    values = torch.linalg.svdvals(first)
+    assert values[0] / values[32] > 3
+    assert 0.1 < (first - second).norm() / first.norm() < 0.2
+
+
+def test_every_rival_and_bar_names_an_arm() -> None:
+    named = {name for pair in optimizer_step.BARS for name in pair} | set(optimizer_step.RIVALS)
+    named |= {rival for rivals in optimizer_step.RIVALS.values() for rival in rivals}
+    assert named <= set(ARMS)
