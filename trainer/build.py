@@ -26,6 +26,7 @@ from trainer.determinism import make_deterministic
 from trainer.engines.base import Engine
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
+from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
 from trainer.schema import Config, Dtype
@@ -45,6 +46,7 @@ class Trainable:
     in_backward: InBackward | None
     """What steps the weights while backward runs, instead of the engine."""
     meter: MemoryMeter
+    loss: HeadLoss
     activations: Activations | None
     """None where autograd keeps all that blocks save."""
 
@@ -102,6 +104,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         UserError: model and options do not fit each other.
     """
     activations = manage_activations(cfg.activations, world, model)
+    loss = HeadLoss(model, cfg.loss)
     with_engine = with_torch if cfg.parallel.engine is EngineName.torch else with_library
     try:
         optimizer, engine, in_backward = with_engine(cfg, world, model)
@@ -115,6 +118,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         engine=engine,
         in_backward=in_backward,
         meter=MemoryMeter(model, optimizer, world.device, elsewhere=activations.ledger if activations else None),
+        loss=loss,
         activations=activations,
     )
 

@@ -16,6 +16,7 @@ from offload.config import ActivationsConfig, Fate
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
+from trainer.loss.config import LossConfig, LossKind
 from trainer.schema import Attention, Config, Device, Dtype
 from trainer.track import track_problems
 
@@ -101,6 +102,7 @@ def start_problems(cfg: Config) -> list[str]:
         *resume_problems(cfg),
         *track_problems(cfg.track),
         *disk_problems(cfg.activations),
+        *package_problems(cfg.loss),
     ]
 
 
@@ -203,6 +205,21 @@ def folder_problems(cfg: Config) -> list[str]:
         return [f"{asked}: cannot write in {existing} ({error.strerror}); {remedy}"]
 
 
+LOSS_PACKAGES = {
+    LossKind.cce: ("cut_cross_entropy", "cut-cross-entropy"),
+    LossKind.liger: ("liger_kernel", "liger-kernel"),
+}
+"""Module and distribution that a kind of loss needs."""
+
+
+def package_problems(cfg: LossConfig) -> list[str]:
+    """Some kinds of loss are packages of their own."""
+    module, name = LOSS_PACKAGES.get(cfg.kind, ("", ""))
+    if not module or importlib.util.find_spec(module) is not None:
+        return []
+    return [f"loss={cfg.kind.value}: the package {name} isn't installed; install it, or use loss=chunked"]
+
+
 def disk_problems(cfg: ActivationsConfig) -> list[str]:
     """The folder for activations on disk must be there, take files, and have the room that is asked for."""
     try:
@@ -277,6 +294,8 @@ def check_hardware(cfg: Config) -> None:
     if cfg.optim.name.startswith("bnb_paged_") and not on_cuda:
         plain = "adamw" if cfg.optim.name == "bnb_paged_adamw" else cfg.optim.name.replace("paged_", "")
         found.append(f"optim={cfg.optim.name}: pages between CUDA's memory and the host; on a CPU use optim={plain}")
+    if cfg.loss.kind is LossKind.liger and not on_cuda:
+        found.append("loss=liger: its kernels run on CUDA alone; use loss=chunked")
     if cfg.model.attention is Attention.flash_attention_2 and not on_cuda:
         found.append("model.attention=flash_attention_2: runs on CUDA alone; use model.attention=sdpa")
     if found:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from trainer.data.batch import Batch
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import heldout_batches
 from trainer.finished import load_model, open_checkpoint, open_run
-from trainer.loss import token_loss_sum
+from trainer.loss.head import HeadLoss
 from trainer.model import check_length, check_vocabulary
 from trainer.precision import autocast
 from trainer.schema import PrecisionConfig
@@ -46,7 +47,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, precision: PrecisionConfig) -> Evaluation:
+def evaluate(
+    model: nn.Module, loss_of: HeadLoss, batches: Iterable[Batch], world: World, precision: PrecisionConfig
+) -> Evaluation:
     """Measure `model` on this rank's share of held-out batches, and sum over the ranks.
 
     The model is put into evaluation mode and back.
@@ -59,8 +62,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World, precision
         for batch in batches:
             moved = to_device(batch, world.device)
             with autocast(precision, world.device):
-                logits = model(input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False).logits
-            loss = float(token_loss_sum(logits, moved.labels))
+                run = partial(model, input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False)
+                loss = float(loss_of(run, moved.labels, evaluating=True))
             targets = int((batch.labels != IGNORE).sum())
             sums += torch.tensor([loss, targets, loss / max(targets, 1), targets > 0], dtype=torch.float64)
     finally:
@@ -95,7 +98,7 @@ def evaluate_run(run: Path, overrides: list[str], step: int | None) -> Evaluatio
             process_count=world.process_count,
             limit=cfg.data.eval_rows,
         )
-        found = evaluate(model, batches, world, cfg.precision)
+        found = evaluate(model, HeadLoss(model, cfg.loss), batches, world, cfg.precision)
         if world.leads:
             rows = min(cfg.data.eval_rows or len(corpus.heldout), len(corpus.heldout))
             print(

@@ -138,7 +138,7 @@ def measure(run: Run) -> None:
             process_count=world.process_count,
             limit=cfg.data.eval_rows,
         )
-        run.evaluation = evaluate(run.built.model, batches, world, cfg.precision)
+        run.evaluation = evaluate(run.built.model, run.built.loss, batches, world, cfg.precision)
     if run.first_evaluation is None:
         run.first_evaluation = run.evaluation.loss
     run.recorder.record(

@@ -15,6 +15,7 @@ from offload.config import ActivationsConfig, OffloadConfig
 from optim.config import OptimConfig, ScheduleConfig
 from parallel.config import ParallelConfig
 from trainer.data.config import DataConfig
+from trainer.loss.config import LossConfig
 
 
 class Device(Enum):
@@ -236,6 +237,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)

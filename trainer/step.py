@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from optim.schedule import multiplier, scale_rates
 from parallel.collectives import any_rank
 from trainer.build import Trainable
 from trainer.data.batch import Batch, StepBatch
-from trainer.loss import token_loss_sum
 from trainer.precision import autocast
 from trainer.schema import ClipBy
 
@@ -46,13 +46,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def forward(built: Trainable, batch: Batch, targets: int) -> Tensor:
     """Return a micro-batch's share of the step's loss."""
-    with built.meter.phase("forward"):
-        with autocast(built.cfg.precision, built.world.device):
-            # no attention_mask and no cache: transformers then keeps packed documents apart by their positions
-            logits = built.engine.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).logits
-        return token_loss_sum(logits, batch.labels) / targets
+    with built.meter.phase("forward"), autocast(built.cfg.precision, built.world.device):
+        # no attention_mask and no cache: transformers then keeps packed documents apart by their positions
+        run = partial(built.engine.model, input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        return built.loss(run, batch.labels) / targets
 
 
 def backward(built: Trainable, loss: Tensor) -> None:

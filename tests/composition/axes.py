@@ -122,6 +122,9 @@ AXES: tuple[Axis, ...] = (
     Axis("embeddings", "whether the head shares the embedding's weights", True, (
         v("own"), v("tied", "model.tie_embeddings=true"),
     )),
+    Axis("targets", "label smoothing and z-loss", True, (
+        v("own"), v("smoothed", "loss.label_smoothing=0.1"), v("z_loss", "loss.z_loss=1e-3"),
+    )),
     Axis("packing", "how documents become rows; `document` masks unevenly", True, (
         v("document", "data.packing=document"),
         v("concat", "data.packing=concat"),
@@ -145,6 +148,9 @@ AXES: tuple[Axis, ...] = (
     )),
     Axis("mlp", "pieces along the tokens that an MLP runs in", False, (
         v("whole"), v("tiled", "activations.tile_mlp=3"),
+    )),
+    Axis("loss", "how the loss is computed; chunks of 100 rows span documents and rows", False, (
+        v("chunked", "loss.chunk_rows=100"), v("plain", "loss.kind=plain"), v("torch", "loss.kind=torch"),
     )),
     Axis("resume", "straight through; interrupted and resumed; saved by one process; resumed by one process", False, (
         v("straight"), v("again", resume="again"), v("from_one", resume="from_one"), v("to_one", resume="to_one"),
