@@ -192,7 +192,8 @@ def test_fp32_adamw_weights_drift_no_further_than_plain_torch(results: dict[int,
     """Where a gradient is all rounding error, AdamW turns its sign into a full step: weights drift under any DDP."""
     ours = distance(results[ranks]["fp32 adamw"][1], results[1]["fp32 adamw"][1])
     theirs = distance(results[ranks]["plain"], results[1]["plain"])
-    assert ours <= 2 * theirs  # both are maxima over rounding: the factor is for chance, not for a trend
+    # Both are maxima over rounding: the factor, and one unit in the last place of a weight, are for chance.
+    assert ours <= max(2 * theirs, 2**-23)
 
 
 def test_single_process_trainer_is_plain_torch(results: dict[int, dict[str, Any]]) -> None:
