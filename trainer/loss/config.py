@@ -15,7 +15,7 @@ class LossKind(Enum):
 EXTRAS: dict[LossKind, tuple[str, ...]] = {
     LossKind.chunked: ("chunk_rows", "label_smoothing", "z_loss"),
     LossKind.plain: ("label_smoothing", "z_loss"),
-    LossKind.torch: ("chunk_rows", "label_smoothing"),
+    LossKind.torch: ("chunk_rows",),  # it takes label smoothing, but then makes all logits
     LossKind.cce: (),
     LossKind.liger: ("label_smoothing", "z_loss"),
 }

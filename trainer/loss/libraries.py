@@ -20,7 +20,6 @@ def torch_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
         linear_bias=bias,
         reduction="none",
         ignore_index=IGNORE,
-        label_smoothing=terms.label_smoothing,
         options=torch.nn.LinearCrossEntropyOptions(**sizes),  # type: ignore[attr-defined]
     )
     return losses.to(torch.promote_types(losses.dtype, torch.float32)).sum()
