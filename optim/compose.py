@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from optim.base import Group, MemoryOptimizer, State, read, state_dtype
 from optim.codec import CODECS
+from optim.int8 import rounder
 from optim.lift import LIFTS
-from optim.rounding import Store, stochastic
+from optim.rounding import Store
 from optim.rules import AdamRule, Rule, Stepped
 from optim.sharded import Job, LocalState, Sums, sum_parts, together
 from optim.subspace import Subspace, check_subspace
@@ -221,15 +222,12 @@ class ComposedOptimizer(MemoryOptimizer):
         return [(p, known[id(p)]) for p in params]
 
     def _store(self, p: Tensor, name: str, group: Group) -> Store:
-        if p.dtype is not torch.bfloat16 or group["rounding"] == "nearest":
-            return Tensor.copy_
-        step, layout = self.state[p]["step"], self._layout(p)
-        if layout.dim is None:
-            return stochastic(name, step, local(p))
-        first, inner = layout.mine.start, math.prod(layout.shape[layout.dim + 1 :])
-        if layout.dim == 0:
-            return stochastic(name, step, local(p), row=first)
-        return stochastic(name, step, local(p), column=first * inner, pitch=layout.shape[layout.dim] * inner)
+        layout, where = self._layout(p), {}
+        if layout.dim is not None:
+            first, inner = layout.mine.start, math.prod(layout.shape[layout.dim + 1 :])
+            cut = {"column": first * inner, "pitch": layout.shape[layout.dim] * inner}
+            where = {"row": first} if layout.dim == 0 else cut
+        return rounder(local(p), name, self.state[p]["step"], group["rounding"], **where)
 
     def _warn_of_cut_ranks(self, group: Group) -> None:
         cut = [p for p in group["params"] if p.dim() == 2 and min(p.shape) < group["rank"]]

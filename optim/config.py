@@ -42,17 +42,20 @@ from optim.config_lowrank import (
     Refresh,
     ScaleType,
 )
+from optim.config_quantized import QApolloConfig, QApolloMiniConfig, QGaLoreConfig
 
 __all__ = [
     "CONFIGS", "DEFAULT_TARGETS", "AdafactorConfig", "AdamW4bitConfig", "AdamW8bitConfig", "AdamWConfig",
     "AdamWFp8Config", "ApolloConfig", "ApolloMiniConfig", "Basis", "Compat", "CosmosConfig", "FiraConfig",
     "GaLore8bitConfig", "GaLoreAdafactorConfig", "GaLoreConfig", "LibraryConfig", "OnRefresh", "OptimConfig",
-    "ProjType", "Refresh", "Rule", "SGDConfig", "ScaleType", "ScheduleConfig", "ScheduleName", "States",
+    "ProjType", "QApolloConfig", "QApolloMiniConfig", "QGaLoreConfig", "Refresh", "Rule", "SGDConfig", "ScaleType",
+    "ScheduleConfig", "ScheduleName", "States",
 ]  # fmt: skip
 
 CONFIGS: dict[str, type[OptimConfig]] = names_of(
     [AdamWConfig, AdamW8bitConfig, AdamW4bitConfig, AdamWFp8Config, SGDConfig, AdafactorConfig, GaLoreConfig,
-     GaLore8bitConfig, GaLoreAdafactorConfig, ApolloConfig, ApolloMiniConfig, FiraConfig, CosmosConfig,
+     GaLore8bitConfig, GaLoreAdafactorConfig, QGaLoreConfig, ApolloConfig, ApolloMiniConfig, QApolloConfig,
+     QApolloMiniConfig, FiraConfig, CosmosConfig,
      BnbAdamW8bitConfig, BnbPagedAdamW8bitConfig, BnbPagedAdamWConfig, BnbLion8bitConfig, BnbPagedLion8bitConfig,
      TorchaoAdamW8bitConfig, TorchaoAdamW4bitConfig, TorchaoAdamWFp8Config]
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 
 class States(Enum):
@@ -40,6 +40,10 @@ def finite(name: str, value: float, *, above: float | None = None, least: float 
 
 @dataclass(kw_only=True)
 class OptimConfig:
+    int8_weights: ClassVar[bool] = False
+    """Whether the method is one for weights in int8 (precision.weights=int8_sr), which all others take too."""
+    int8_group: ClassVar[int] = 256
+    """Neighbours in a row that share a scale where the user does not say."""
     name: str = "adamw"
     """Set by `optim=...`: which optimizer."""
     lr: float = 1e-3

@@ -2,8 +2,9 @@
 
 The states are made here, as plain tensors and numbers under the package's own names, and lent to an object of the
 package for the time of a step. So bytes are known in advance, a checkpoint holds no class of theirs, and a schedule
-sets `lr` as everywhere. bf16 weights with stochastic rounding are widened to fp32, stepped by the package and rounded
-here: two fp32 copies of one parameter at a time, draws keyed by name and step, whatever the package offers itself.
+sets `lr` as everywhere. int8 weights, and bf16 ones with stochastic rounding, are widened to fp32, stepped by the
+package and rounded here: two fp32 copies of one parameter at a time, draws keyed by name and step, whatever the package
+offers itself.
 """
 
 import importlib.util
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from optim.base import Group, MemoryOptimizer, State
-from optim.rounding import stochastic
+from optim.int8 import Int8Weight, rounder
 
 SMALLEST = 4096
 """Values from which both packages quantize a tensor."""
@@ -72,12 +73,13 @@ class LibraryOptimizer(MemoryOptimizer):
         names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         for p in params:
             state = self.state[p]
-            if group["rounding"] == "stochastic" and p.dtype is torch.bfloat16:
+            narrow = group["rounding"] == "stochastic" and p.dtype is torch.bfloat16
+            if narrow or isinstance(p, Int8Weight):
                 assert p.grad is not None, "update() is given parameters with gradients"
                 wide = p.detach().float()
                 wide.grad = p.grad.float()
                 self.step_tensor(wide, state, group)
-                stochastic(names.get(id(p)) or self.name_of(p), state["step"], p)(p, wide)
+                rounder(p, names.get(id(p)) or self.name_of(p), state["step"], group["rounding"])(p, wide)
             else:
                 self.step_tensor(p, state, group)
 

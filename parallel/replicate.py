@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from parallel.config import ParallelConfig
 from parallel.launch import World
-from parallel.spread import Spread
+from parallel.spread import Spread, stored
 
 # Renamed in torch 2.13. Buffers are constants of the model (rotary frequencies), equal everywhere from the start.
 OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -31,6 +32,10 @@ class Replicas(Spread):
 
     def __init__(self, model: nn.Module, world: World, cfg: ParallelConfig) -> None:
         super().__init__(model)
+        # DDP would send weights made of others (codes and scales) by their values, and round them again.
+        coded = any(is_traceable_wrapper_subclass(p) for p in model.parameters())
+        if coded:
+            send_weights(model, world)
         wrapped = DistributedDataParallel(
             model,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
@@ -38,7 +43,7 @@ class Replicas(Spread):
             gradient_as_bucket_view=True,
             bucket_cap_mb=cfg.bucket_mib,
             process_group=world.gradients,
-            init_sync=not isinstance(next(model.parameters()), FakeTensor),  # which have no values to agree on
+            init_sync=not (coded or is_fake(model)),
         )
         wrapped.register_comm_hook(world.gradients, sum_gradients)
         self.model: DistributedDataParallel = wrapped
@@ -53,7 +58,18 @@ class SameWeights(Spread):
 
     def __init__(self, model: nn.Module, world: World) -> None:
         super().__init__(model)
-        parameters = list(model.parameters())
-        if not isinstance(parameters[0], FakeTensor):
-            for parameter in parameters:
-                dist.broadcast(parameter.data, group=world.gradients, group_src=0)
+        send_weights(model, world)
+
+
+def send_weights(model: nn.Module, world: World) -> None:
+    """Give every rank rank 0's weights, as they are stored."""
+    if is_fake(model):
+        return
+    for parameter in model.parameters():
+        for plain in stored(parameter.detach()):
+            dist.broadcast(plain, group=world.gradients, group_src=0)
+
+
+def is_fake(model: nn.Module) -> bool:
+    """Whether the weights are pretended and have no values to agree on."""
+    return any(isinstance(plain, FakeTensor) for plain in stored(next(model.parameters())))

@@ -13,6 +13,7 @@ from parallel.config import ParallelConfig
 from parallel.launch import World
 from parallel.mesh import Grid
 from parallel.replicate import Replicas
+from parallel.spread import stored
 
 MIB = 2**20
 
@@ -39,8 +40,9 @@ class RowStates(Replicas):
             rows.grad = None if grad is None else self.grid.wrap(own_rows(grad, self.grid), grad.shape)
 
     def after_update(self) -> None:
-        stepped = [self.trainable[name].detach() for name, rows in self.rows.items() if rows.grad is not None]
-        gather_rows(stepped, self.grid, self.bucket_bytes)
+        weights = [self.trainable[name].detach() for name, rows in self.rows.items() if rows.grad is not None]
+        stepped = [plain for weight in weights for plain in stored(weight)]
+        gather_rows(sorted(stepped, key=lambda plain: str(plain.dtype)), self.grid, self.bucket_bytes)
         for rows in self.rows.values():
             rows.grad = None
 

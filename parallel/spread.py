@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Spread:
@@ -58,6 +59,14 @@ class Spread:
         """Free the gradients."""
         for p in self.trainable.values():
             p.grad = None
+
+
+def stored(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that hold a tensor's values: itself, or what it is made of (codes and scales, say)."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in stored(getattr(tensor, name))]
 
 
 def norms_of(parts: list[Tensor]) -> Tensor:

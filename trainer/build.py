@@ -29,6 +29,7 @@ from trainer.errors import UserError
 from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
+from trainer.precision import int8_matrices, rounding
 from trainer.schema import Config, Dtype
 from trainer.state import seed_all
 
@@ -71,7 +72,9 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     config = model_config(cfg.model, corpus.tokenizer, corpus.vocab_size)
     check_vocabulary(config, corpus.vocab_size)
     check_length(config, cfg.data.sequence_length)
-    model = build_model(cfg.model, config, weights=cfg.precision.weights, device=world.device, seed=cfg.seed)
+    model = build_model(
+        cfg.model, config, weights=cfg.precision.weights, int8=int8_matrices(cfg), device=world.device, seed=cfg.seed
+    )
     check_documents_apart(model, corpus.vocab_size, cfg.data.packing)
     return corpus, config, model
 
@@ -79,8 +82,7 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
 def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, InBackward | None]:
     """Lay `model` over the ranks; return the optimizer of what is left here, its engine, and its update in backward."""
     spread = place(cfg, world, model)
-    rounding = "stochastic" if cfg.precision.weights is Dtype.bf16_sr else "nearest"
-    optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding)
+    optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding(cfg.precision))
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
     in_backward = None
     if cfg.optim.in_backward:

@@ -29,7 +29,8 @@ def problems(cfg: Config) -> list[str]:
         if is_dataclass(section):
             found += section_problems(f"{entry.name}.", section)
     found += model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg)
-    return found + attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
+    found += attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
+    return found + int8_problems(cfg)
 
 
 def section_problems(prefix: str, section: object) -> list[str]:
@@ -66,6 +67,13 @@ def rank_problems(cfg: Config) -> list[str]:
         f"optim.rank={rank}: the model's matrices have at most {side} directions{source}; "
         f"use optim.rank={side} or less, a quarter of it ({max(1, side // 4)}) is usual"
     ]
+
+
+def int8_problems(cfg: Config) -> list[str]:
+    """Some methods are named for weights in int8."""
+    if not cfg.optim.int8_weights or cfg.precision.weights is Dtype.int8_sr:
+        return []
+    return [f"optim={cfg.optim.name}: is a method for weights in int8, which precision=int8_sr keeps; add it"]
 
 
 def attention_problems(cfg: Config) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from optim.int8_model import dequantize_weights
 from parallel.launch import World
 from trainer.cli.compose import load_saved
 from trainer.errors import UserError
@@ -17,8 +18,8 @@ from trainer.finished import load_model, open_checkpoint, open_run
 def export_run(run: Path, target: Path, step: int | None) -> Path:
     """Write the weights of `run` at `step` (default: its newest good checkpoint) and its tokenizer to `target`.
 
-    Weights keep the dtype they were trained in. The folder is written aside and renamed, so a `target` is whole or
-    absent.
+    Weights keep the dtype they were trained in; int8 ones become bf16. The folder is written aside and renamed, so a
+    `target` is whole or absent.
 
     Raises:
         UserError: no run, no checkpoint, or `target` is in the way or not writable.
@@ -33,6 +34,7 @@ def export_run(run: Path, target: Path, step: int | None) -> Path:
     transformers.utils.logging.disable_progress_bar()
     try:
         aside.mkdir(parents=True)
+        dequantize_weights(model)
         model.config.use_cache = True  # type: ignore[union-attr]  # switched off for training only
         model.save_pretrained(aside)  # type: ignore[operator]
         tokenizer.save_pretrained(aside)

@@ -14,6 +14,7 @@ from trainer.data.tokenizer import vocabulary_size
 from trainer.errors import UserError
 from trainer.folder import RunFolder
 from trainer.model import build_model, model_config
+from trainer.precision import int8_matrices
 from trainer.schema import Config, Initial
 from trainer.state import model_tensors
 
@@ -64,6 +65,7 @@ def load_model(
         drawn,
         model_config(drawn, tokenizer, vocabulary_size(tokenizer)),
         weights=cfg.precision.weights,
+        int8=int8_matrices(cfg),
         device=device,
         seed=cfg.seed,
     )

@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import nn
 
+from optim.int8_model import quantize_weights
 from trainer.errors import UserError
-from trainer.precision import torch_dtype, widen
+from trainer.precision import Int8Matrices, torch_dtype, widen
 from trainer.schema import Dtype, Initial, ModelConfig
 from trainer.sizes import ROUND_VOCABULARY
 
@@ -61,12 +62,22 @@ def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
 
 
 def build_model(
-    cfg: ModelConfig, config: transformers.PretrainedConfig, *, weights: Dtype, device: torch.device, seed: int
+    cfg: ModelConfig,
+    config: transformers.PretrainedConfig,
+    *,
+    weights: Dtype,
+    device: torch.device,
+    seed: int,
+    int8: Int8Matrices | None = None,
 ) -> nn.Module:
     """Make the model on `device` with weights in `weights`, from `seed` or from `cfg.path`, in training mode.
 
+    Args:
+        int8: what of it to keep in int8. Such a model begins in the host's memory and arrives on `device` one matrix
+            after the other, where it would not fit in full.
+
     Raises:
-        UserError: the folder has no safetensors, or its weights do not fit its own configuration.
+        UserError: the folder has no safetensors, its weights do not fit its own configuration, or `int8` finds none.
     """
     options: dict[str, Any] = {"attn_implementation": cfg.attention.value, "trust_remote_code": cfg.trust_remote_code}
     # fp64 starts from the fp32 draw, so that both precisions train the same model.
@@ -76,13 +87,18 @@ def build_model(
     else:
         torch.manual_seed(seed)
         try:
-            with device:
+            with device if int8 is None else torch.device("cpu"):
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"model.attention={cfg.attention.value}: {type(config).__name__} cannot be built with it "
                 f"({first_line(error)}). Try model.attention=eager."
             ) from error
+    if int8 is not None:
+        try:
+            quantize_weights(model, int8.targets, int8.group, device)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     # Never `to(dtype)`: it would round the rotary frequencies too, which stay fp32 in a model with bf16 weights.
     if any(tensor.device != device for tensor in model.parameters()):
         model.to(device)

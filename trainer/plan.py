@@ -45,6 +45,7 @@ from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.memory import MemoryMeter, Peak, Timeline
 from trainer.model import build_model, check_length, check_vocabulary, first_line, model_config, parameter_count
+from trainer.precision import int8_matrices
 from trainer.schema import Config, Device, Dtype, Initial
 from trainer.step import train_step
 
@@ -98,8 +99,9 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         )
     world = World(process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None)
     from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
+    weights, int8 = cfg.precision.weights, int8_matrices(cfg)
     with undisturbed(device), FakeTensorMode():
-        model = build_model(from_scratch, deepcopy(config), weights=cfg.precision.weights, device=device, seed=cfg.seed)
+        model = build_model(from_scratch, deepcopy(config), weights=weights, int8=int8, device=device, seed=cfg.seed)
         trainable = make_trainable(cfg, world, model)
         elsewhere = trainable.activations.ledger if trainable.activations else None
         meter = MemoryMeter(model, trainable.optimizer, device, allocator=False, elsewhere=elsewhere)

@@ -6,10 +6,12 @@
 | fp32 | bf16 | torch.autocast: products in bf16, norms, softmax and loss in fp32 |
 | bf16 | bf16 | plain; the optimizer's math stays fp32 |
 | bf16_sr | bf16 | the same, and steps are rounded stochastically: what is below a digit is not lost on average |
+| int8_sr | bf16 | the same, with the matrices in attention and MLP as whole numbers of 8 bits (`optim.int8`) |
 | fp64 | fp64 | for proofs of equality: RMSNorms, which transformers computes in fp32, are widened too |
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import MethodType
 
 import torch
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trainer.errors import UserError
-from trainer.schema import Dtype, PrecisionConfig
+from trainer.schema import Config, Dtype, PrecisionConfig
 
 TORCH_DTYPES = {
     Dtype.fp32: torch.float32,
     Dtype.bf16: torch.bfloat16,
     Dtype.bf16_sr: torch.bfloat16,
+    Dtype.int8_sr: torch.bfloat16,
     Dtype.fp64: torch.float64,
 }
 
@@ -30,6 +33,26 @@ TORCH_DTYPES = {
 def torch_dtype(dtype: Dtype) -> torch.dtype:
     """Return torch's dtype of a configured one."""
     return TORCH_DTYPES[dtype]
+
+
+@dataclass(frozen=True)
+class Int8Matrices:
+    """Which matrices are kept in int8, by a regular expression of their names, and how many values share a scale."""
+
+    targets: str
+    group: int
+
+
+def int8_matrices(cfg: Config) -> Int8Matrices | None:
+    """Return what of the model is int8, None if nothing is."""
+    if cfg.precision.weights is not Dtype.int8_sr:
+        return None
+    return Int8Matrices(cfg.precision.int8_targets, cfg.precision.int8_group or cfg.optim.int8_group)
+
+
+def rounding(cfg: PrecisionConfig) -> str:
+    """Return how an optimizer is to round a step to narrower weights."""
+    return "stochastic" if cfg.weights in (Dtype.bf16_sr, Dtype.int8_sr) else "nearest"
 
 
 def precision_text(cfg: PrecisionConfig) -> str:

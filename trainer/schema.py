@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from offload.config import ActivationsConfig, OffloadConfig
-from optim.config import OptimConfig, ScheduleConfig
+from optim.config import DEFAULT_TARGETS, OptimConfig, ScheduleConfig
 from parallel.config import ParallelConfig
 from trainer.data.config import DataConfig
 from trainer.loss.config import LossConfig
@@ -28,6 +28,7 @@ class Dtype(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     bf16_sr = "bf16_sr"
+    int8_sr = "int8_sr"
     fp64 = "fp64"
 
 
@@ -48,7 +49,14 @@ class Initial(Enum):
     pretrained = "pretrained"
 
 
-PRECISIONS = (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16"), ("bf16_sr", "bf16"), ("fp64", "fp64"))
+PRECISIONS = (
+    ("fp32", "fp32"),
+    ("fp32", "bf16"),
+    ("bf16", "bf16"),
+    ("bf16_sr", "bf16"),
+    ("int8_sr", "bf16"),
+    ("fp64", "fp64"),
+)
 """(weights, compute) pairs that `trainer.precision` knows how to run."""
 
 
@@ -169,18 +177,46 @@ class TrainConfig:
 @dataclass(kw_only=True)
 class PrecisionConfig:
     weights: Dtype = Dtype.fp32
-    """What weights are stored in; bf16_sr is bf16 whose steps are rounded stochastically, right on average."""
+    """What weights are stored in; bf16_sr is bf16 whose steps are rounded stochastically, right on average; int8_sr the
+    same in 8 bits for the matrices in `int8_targets`, dequantized at each use, and bf16_sr for the rest."""
     compute: Dtype = Dtype.fp32
     """What matrix products run in; bf16 over fp32 weights is autocast."""
+    int8_group: int | None = None
+    """int8_sr: neighbours in a row that share a scale; a weight takes 1 + 8/int8_group bytes. Default: as the method's
+    authors, 128 for qapollo and qapollo_mini, 256 otherwise."""
+    int8_targets: str = DEFAULT_TARGETS
+    """int8_sr: regular expression; matrices whose parameter name it finds are kept in int8."""
 
     def problems(self) -> list[str]:
+        return self.pair_problems() + self.int8_problems()
+
+    def int8_problems(self) -> list[str]:
+        options = {"int8_group": self.int8_group, "int8_targets": self.int8_targets}
+        changed = {key: value for key, value in options.items() if value != getattr(PrecisionConfig, key)}
+        if self.weights is not Dtype.int8_sr:
+            return [
+                f"precision.{key}={value}: has no effect with precision.weights={self.weights.value}; use "
+                "precision=int8_sr"
+                for key, value in changed.items()
+            ]
+        found = too_small("precision", self, int8_group=8)
+        try:
+            re.compile(self.int8_targets)
+        except re.error as error:
+            found.append(
+                f"precision.int8_targets={self.int8_targets!r}: not a regular expression ({error}); the default is "
+                f"{DEFAULT_TARGETS!r}"
+            )
+        return found
+
+    def pair_problems(self) -> list[str]:
         asked = (self.weights.value, self.compute.value)
         if asked in PRECISIONS:
             return []
         known = ", ".join(f"{weights}/{compute}" for weights, compute in PRECISIONS)
         return [
             f"precision.weights={asked[0]} with precision.compute={asked[1]}: is not available; weights/compute may be "
-            f"{known} (precision=fp32, bf16, bf16_pure, bf16_sr, fp64)"
+            f"{known} (precision=fp32, bf16, bf16_pure, bf16_sr, int8_sr, fp64)"
         ]
 
 

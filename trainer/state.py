@@ -1,8 +1,8 @@
 """Everything a run must remember to go on as if nothing had happened, under names that outlive any layout.
 
-Tensors: `model/<parameter or buffer>`, `optim/<parameter>/<key>`, `rng/<rank>/<generator>`. Optimizer states are
-keyed by parameter name, not by position in a list, so that other groups or another rank count find them. Numbers go
-into the manifest's `meta`. Nothing here is pickled.
+Tensors: `model/<parameter or buffer>` (an int8 weight's `codes`, `scale` and `low` below that),
+`optim/<parameter>/<key>`, `rng/<rank>/<generator>`. Optimizer states are keyed by parameter name, not by position in a
+list, so that other groups or another rank count find them. Numbers go into the manifest's `meta`. Nothing is pickled.
 """
 
 import random
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optim.int8_model import plain_parts
 from trainer.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kept[f"model/{name}"] = tensor.detach()
+            parts = plain_parts(tensor.detach())
+            kept |= {f"model/{name}/{part}": plain for part, plain in parts.items()} if parts else {}
+            if parts is None:
+                kept[f"model/{name}"] = tensor.detach()
     return kept
 
 

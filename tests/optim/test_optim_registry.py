@@ -29,7 +29,7 @@ SHAPES = [(96, 32), (32, 96), (40, 40), (7, 50), (50,), (), (80, 300), (300, 80)
 def config(name, **options):
     cls = registry.config_class(name)
     if issubclass(cls, TargetedConfig):
-        options = {"rank": 1 if name == "apollo_mini" else 6, "targets": "w", **options}
+        options = {"rank": 1 if "mini" in name else 6, "targets": "w", **options}
     return cls(name=name, **options)
 
 
@@ -56,7 +56,7 @@ def variants():
         yield from ((name, {"states": states}) for states in States)
         if issubclass(registry.config_class(name), ProjectedConfig):
             yield name, {"basis": Basis.int4, "rank": 64, "states": States.int8}
-            if not name.startswith("apollo"):
+            if "apollo" not in name:
                 yield name, {"lazy": True}
 
 
@@ -126,8 +126,11 @@ def test_every_name_builds_on_the_meta_device(name):
         ("galore", 4 * (2 * 1024 * 128 + 128 * 512)),
         ("galore_8bit", 2 * (1024 * 128 + 4 * 1024) + 4 * 128 * 512),
         ("galore_adafactor", 4 * (1024 * 128 + 1024 + 128 + 128 * 512)),
+        ("qgalore", 2 * (1024 * 128 + 4 * 1024) + 128 * (512 // 2 + 4 * 2) + 4 * 5),
         ("apollo", 4 * (2 * 1024 * 128 + 128 * 512 + 1)),
         ("apollo_mini", 4 * (2 * 1024 + 512 + 1)),
+        ("qapollo", 4 * (2 * 1024 * 128 + 128 * 512 + 1)),
+        ("qapollo_mini", 4 * (2 * 1024 + 512 + 1)),
         ("fira", 4 * (2 * 1024 * 128 + 128 * 512 + 1)),
         ("cosmos", 4 * (1024 * 512 + 1024 * 128 + 128 * 512 + 128 * 128)),
         ("bnb_adamw_8bit", 2 * (1024 * 512 + 4 * 2048)),
@@ -142,7 +145,7 @@ def test_every_name_builds_on_the_meta_device(name):
 )
 def test_bytes_of_a_tall_matrix_by_hand(name, expected):
     cfg = registry.config_class(name)()
-    if hasattr(cfg, "rank") and name != "apollo_mini":
+    if hasattr(cfg, "rank") and "mini" not in name:
         cfg.rank = 128
     assert registry.state_bytes(cfg, [("mlp.up.weight", (1024, 512))]) == expected
 

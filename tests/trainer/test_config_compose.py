@@ -99,6 +99,7 @@ def test_llama_sizes_are_those_of_the_papers_table(choice: str, sizes: tuple[int
         "bf16": ("fp32", "bf16"),
         "bf16_pure": ("bf16", "bf16"),
         "bf16_sr": ("bf16_sr", "bf16"),
+        "int8_sr": ("int8_sr", "bf16"),
         "fp64": ("fp64", "fp64"),
     }.items(),
 )
