@@ -61,6 +61,27 @@ def shard_rows(count: int, shards: int, index: int) -> slice:
     return slice(min(each * index, count), min(each * (index + 1), count))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which rows of every tensor are this rank's, known without talking to the others."""
+
+    count: int
+    index: int
+
+    def rows(self, count: int) -> slice:
+        return shard_rows(count, self.count, self.index)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A copy of this rank's rows of a whole tensor."""
+        return tensor[self.rows(tensor.shape[0])].clone()
+
+
+def share_of(world: World, cfg: ParallelConfig) -> Share | None:
+    """What this rank holds of the weights; None where that is all of them."""
+    count = world.process_count // cfg.replicas
+    return Share(count, world.process_rank % count) if cfg.zero > 1 and count > 1 else None
+
+
 def make_grid(world: World, cfg: ParallelConfig) -> Grid:
     """Arrange the ranks. Every rank calls it."""
     shards = world.process_count // cfg.replicas

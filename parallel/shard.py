@@ -21,6 +21,8 @@ from parallel.spread import Spread, norms_of
 class Shards(Spread):
     """Each rank holds rows of every parameter, as DTensors; they take the place of the model's own.
 
+    A model may come without storage (on the meta device), each parameter with this rank's rows as attribute `rows`.
+
     Args:
         blocks: the layers of the model, in the order they run.
         ends: embedding and head, if they share no weight.
@@ -37,6 +39,7 @@ class Shards(Spread):
         grid: Grid,
         compute: torch.dtype | None = None,
     ) -> None:
+        drawn = take_rows(model)
         reduce = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         stored = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
         cast = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
@@ -52,6 +55,8 @@ class Shards(Spread):
             if embeds:
                 module.set_unshard_in_backward(False)  # type: ignore[operator]  # its gradient needs no weight
         fully_shard(model, mesh=grid.mesh, mp_policy=stored, reshard_after_forward=False)
+        if drawn:
+            put_rows(model, drawn, grid)
         for unit in units(model):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # else gloo is asked for a scaled sum, which it lacks
@@ -80,6 +85,28 @@ class Shards(Spread):
 def units(model: nn.Module) -> list[FSDPModule]:
     """Modules whose parameters are gathered together; none where the model is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def take_rows(model: nn.Module) -> dict[str, Tensor]:
+    """Take from parameters that have no storage the rows they carry as attribute `rows`."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            found[name] = parameter.rows  # type: ignore[attr-defined]
+            del parameter.rows  # type: ignore[attr-defined]
+    return found
+
+
+def put_rows(model: nn.Module, drawn: dict[str, Tensor], grid: Grid) -> None:
+    """Make each sharded parameter of no storage one of the rows drawn for it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def put(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor
+        return grid.wrap(drawn.pop(names[id(tensor)]), tensor.shape)
+
+    model._apply(put)  # type: ignore[no-untyped-call]  # FSDP2 takes note of what comes through here, as from `to_empty`
 
 
 def reshard(model: nn.Module) -> None:

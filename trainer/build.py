@@ -17,7 +17,9 @@ from optim import registry
 from optim.in_backward import InBackward
 from parallel.config import EngineName
 from parallel.launch import World
+from parallel.mesh import share_of
 from parallel.place import spread as spread_over_ranks
+from parallel.shard import reshard
 from parallel.spread import Spread
 from trainer.adapt import blocks, manage_activations, untied_ends
 from trainer.data.corpus import Corpus, build_corpus
@@ -72,11 +74,27 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     config = model_config(cfg.model, corpus.tokenizer, corpus.vocab_size)
     check_vocabulary(config, corpus.vocab_size)
     check_length(config, cfg.data.sequence_length)
+    share = share_of(world, cfg.parallel) if cfg.parallel.engine is EngineName.torch else None
     model = build_model(
-        cfg.model, config, weights=cfg.precision.weights, int8=int8_matrices(cfg), device=world.device, seed=cfg.seed
-    )
-    check_documents_apart(model, corpus.vocab_size, cfg.data.packing)
+        cfg.model, config,
+        weights=cfg.precision.weights, int8=int8_matrices(cfg), device=world.device, seed=cfg.seed, share=share,
+    )  # fmt: skip
+    if not next(model.parameters()).is_meta:
+        try_out(cfg, world, model, corpus.vocab_size)
     return corpus, config, model
+
+
+def try_out(cfg: Config, world: World, model: nn.Module, vocab_size: int) -> None:
+    """Run the model once, to see that it keeps documents apart and, on CUDA, can give the same bits every time.
+
+    Raises:
+        UserError: it mixes the documents of a row.
+    """
+    check_documents_apart(model, vocab_size, cfg.data.packing)
+    if world.device.type == "cuda" and cfg.run.deterministic:
+        problem = make_deterministic(model, vocab_size)
+        if problem and world.leads:
+            print(f"! {problem}", flush=True)
 
 
 def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, InBackward | None]:
@@ -152,10 +170,10 @@ def build(cfg: Config, world: World) -> Built:
         UserError: files or names that the configuration alone could not show to be wrong.
     """
     corpus, config, model = build_parts(cfg, world)
-    if world.device.type == "cuda" and cfg.run.deterministic:
-        problem = make_deterministic(model, corpus.vocab_size)
-        if problem and world.leads:
-            print(f"! {problem}", flush=True)
+    tried = not next(model.parameters()).is_meta
     trainable = make_trainable(cfg, world, model)
+    if not tried:
+        try_out(cfg, world, model, corpus.vocab_size)
+        reshard(model)
     seed_all(cfg.seed, world.process_rank)
     return Built(**vars(trainable), corpus=corpus, model_config=config)

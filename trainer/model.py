@@ -11,10 +11,13 @@ import transformers
 from torch import nn
 
 from optim.int8_model import quantize_weights
+from parallel.mesh import Share
 from trainer.errors import UserError
 from trainer.precision import Int8Matrices, torch_dtype, widen
+from trainer.rows import draw_rows, without_storage
 from trainer.schema import Dtype, Initial, ModelConfig
 from trainer.sizes import ROUND_VOCABULARY
+from trainer.streamed import read_rows
 
 
 def model_config(
@@ -69,12 +72,16 @@ def build_model(
     device: torch.device,
     seed: int,
     int8: Int8Matrices | None = None,
+    share: Share | None = None,
 ) -> nn.Module:
     """Make the model on `device` with weights in `weights`, from `seed` or from `cfg.path`, in training mode.
 
     Args:
         int8: what of it to keep in int8. Such a model begins in the host's memory and arrives on `device` one matrix
             after the other, where it would not fit in full.
+        share: of each parameter, the rows to keep. Parameters then have no storage and carry these rows for
+            `parallel.shard`, and no more than one of them was ever held whole. No effect beside `int8`, and in fp64,
+            which is for proofs: both are made whole.
 
     Raises:
         UserError: the folder has no safetensors, its weights do not fit its own configuration, or `int8` finds none.
@@ -82,17 +89,31 @@ def build_model(
     options: dict[str, Any] = {"attn_implementation": cfg.attention.value, "trust_remote_code": cfg.trust_remote_code}
     # fp64 starts from the fp32 draw, so that both precisions train the same model.
     dtype = torch.float32 if weights is Dtype.fp64 else torch_dtype(weights)
-    if cfg.weights is Initial.pretrained:
+    share = None if weights is Dtype.fp64 or int8 is not None else share
+
+    def make() -> nn.Module:
+        with device if int8 is None else torch.device("cpu"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-any-return]
+
+    if cfg.weights is Initial.pretrained and share is not None:
+        with without_storage():
+            model = make()
+        read_rows(model, str(cfg.path), share.rows, dtype, device)
+    elif cfg.weights is Initial.pretrained:
         model = load_pretrained(cfg, config, dtype, options)
     else:
         torch.manual_seed(seed)
         try:
-            with device if int8 is None else torch.device("cpu"):
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            model = make() if share is None else draw_rows(make, share.cut, device)
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"model.attention={cfg.attention.value}: {type(config).__name__} cannot be built with it "
                 f"({first_line(error)}). Try model.attention=eager."
+            ) from error
+        except NotImplementedError as error:
+            raise UserError(
+                f"parallel.zero: {type(config).__name__}'s weights cannot be drawn one at a time ({first_line(error)}). "
+                "Use parallel.zero=1 or 0."
             ) from error
     if int8 is not None:
         try:
@@ -100,7 +121,7 @@ def build_model(
         except ValueError as error:
             raise UserError(str(error)) from error
     # Never `to(dtype)`: it would round the rotary frequencies too, which stay fp32 in a model with bf16 weights.
-    if any(tensor.device != device for tensor in model.parameters()):
+    if share is None and any(tensor.device != device for tensor in model.parameters()):
         model.to(device)
     if weights is Dtype.fp64:
         widen(model)
