@@ -42,6 +42,18 @@ class World:
             dist.barrier(group=self.control)
 
 
+class RanksMissing(RuntimeError):
+    """Not every rank came to the start.
+
+    Attributes:
+        speaks: whether this rank is the one to say so: rank 0, or every one that does not reach it.
+    """
+
+    def __init__(self, text: str, *, speaks: bool) -> None:
+        super().__init__(text)
+        self.speaks = speaks
+
+
 def launched_rank() -> tuple[int, int, int, int]:
     """Return (rank, world size, local rank, local world size) as the launcher set them; (0, 1, 0, 1) without one."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -57,6 +69,16 @@ def cpu_threads(local_count: int) -> int:
     torchrun sets OMP_NUM_THREADS=1 where the user set nothing, which leaves most cores idle.
     """
     return max(1, len(os.sched_getaffinity(0)) // local_count)
+
+
+def missing_text(rank: int, count: int, timeout: float, error: Exception) -> str:
+    """Say that this rank met too few others, or none that keeps them together."""
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (
+        f"rank {rank} of {count} did not meet all the others at {where} within parallel.timeout={timeout:g} s "
+        f"({reason}). Start every rank with the same command, and see that this address can be reached from each."
+    )
 
 
 @contextmanager
@@ -80,12 +102,13 @@ def connected(cfg: ParallelConfig, device: str, threads: int | None = None) -> I
     timeout = timedelta(seconds=cfg.timeout)
     # The libraries want a process group of one, too; it meets nobody, so it needs no address.
     alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1} if count == 1 else {}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, **alone)
     try:
-        if alone:
-            yield World(device=place)
-            return
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, **alone)
+        control = None if alone else dist.new_group(backend="gloo", timeout=timeout)
+    except (dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError, RuntimeError) as error:
+        text = missing_text(rank, count, cfg.timeout, error)
+        raise RanksMissing(text, speaks=rank == 0 or "connect" in str(error).lower()) from error
+    try:
         yield World(rank, count, local_rank, place, control)
     finally:
         dist.destroy_process_group()

@@ -11,3 +11,15 @@ class TrainingStopped(RuntimeError):
     """Training stopped itself: non-finite loss past its limit, or out of memory. Exit code 3."""
 
     exit_code = 3
+
+
+class RankFailed(TrainingStopped):
+    """Another rank ended the job, or kept it waiting too long. Exit code 3.
+
+    Attributes:
+        speaks: whether this process is the one to say so.
+    """
+
+    def __init__(self, text: str, *, speaks: bool) -> None:
+        super().__init__(text)
+        self.speaks = speaks

@@ -50,6 +50,11 @@ class Run:
         """Whether something that happens `every` steps, and at the last one, happens now."""
         return self.step == self.built.cfg.train.steps or (every > 0 and self.step % every == 0)
 
+    def place(self) -> tuple[int, str]:
+        """Step and phase this rank is in; evaluation and saving belong to the step before."""
+        at = self.built.meter.at
+        return self.step + (at not in ("eval", "save")), at
+
     def meta(self) -> dict[str, Any]:
         """Where the run stands, as numbers for a checkpoint's manifest."""
         return {
@@ -81,6 +86,7 @@ def train(run: Run) -> None:
     if run.step == 0 or run.step >= cfg.train.steps:
         measure(run)
     while run.step < cfg.train.steps:
+        run.built.meter.at = "data"
         batch = next(run.stream)
         with counted(run, first_step):
             stepped = train_step(run.built, batch, run.step, run.stop.number)

@@ -11,13 +11,14 @@ from offload.config import Fate
 from offload.pool import TierFull, TierLost
 from optim.describe import uncoded
 from parallel.collectives import gather_objects
-from parallel.launch import World, connected
+from parallel.launch import RanksMissing, World, connected
+from parallel.watch import RankLost, Watch
 from trainer.build import Built, build
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.stream import TrainStream
 from trainer.environment import environment
-from trainer.errors import TrainingStopped, UserError
+from trainer.errors import RankFailed, TrainingStopped, UserError
 from trainer.folder import differences, identity, open_folder, plain, save_config
 from trainer.loop import Run, save, train
 from trainer.memory import by_kind_line, format_bytes
@@ -44,10 +45,20 @@ def run(cfg: Config) -> Result:
     Raises:
         UserError: data, model files or a checkpoint do not fit.
         TrainingStopped: non-finite loss past its limit, or out of memory.
+        RankFailed: another rank failed, or did not come in time, to the start or to a collective.
         Interrupted: a signal asked for the end; everything is saved.
     """
+    try:
+        return run_watched(cfg)
+    except (RanksMissing, RankLost) as error:
+        raise RankFailed(str(error), speaks=error.speaks) from error
+
+
+def run_watched(cfg: Config) -> Result:
+    """Train as `cfg` says, and let the other ranks know where this one is. Raises as `run`, of which it is the body."""
     with ExitStack() as stack:
         world = stack.enter_context(connected(cfg.parallel, cfg.run.device.value, cfg.run.threads))
+        watch = stack.enter_context(Watch(world, cfg.parallel.timeout))
         agree_on_config(cfg, world)
         stop = stack.enter_context(StopRequest())
         folder = open_folder(cfg, world)
@@ -56,6 +67,7 @@ def run(cfg: Config) -> Result:
         )
         store.check_writable()
         checkpoint = find_checkpoint(cfg, store)
+        watch.phase = "reading data, building the model"
         built = build(cfg, world)
         if world.leads:
             save_config(cfg, folder.config)
@@ -66,7 +78,9 @@ def run(cfg: Config) -> Result:
                 cfg, world, folder.path, run_info(built, folder), plain(cfg), start=checkpoint.step if checkpoint else 0
             )
         )
+        watch.phase = "loading a checkpoint"
         training = begin(built, store, recorder, stop, checkpoint)
+        watch.where = training.place
         tell_uncoded(built, recorder)
         try:
             train(training)

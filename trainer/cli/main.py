@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None, *, default: str | None = None) -> in
     # wait for off its core. Main job's step, 2 cores: 0.30 s with this and with libgomp's default (300,000) on a quiet
     # machine, 1.0 s and 7 s beside one other busy process.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # When a rank has died, torch's C++ would tell of every socket that broke; parallel/watch.py says which rank it was.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return dispatch(arguments, default)
     except (UserError, TrainingStopped, Interrupted) as error:
@@ -91,6 +93,6 @@ def leads() -> bool:
 
 def report(error: Exception) -> None:
     """Show an ending that is no bug: once, on stderr, without a traceback."""
-    if leads():
+    if getattr(error, "speaks", leads()):
         sys.stdout.flush()
         print(f"stowage: {error}", file=sys.stderr)

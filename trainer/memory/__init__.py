@@ -74,6 +74,8 @@ class MemoryMeter:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
+        self.at = "start"
+        """Phase entered last: where this rank is, for those who wait for it."""
         self._counting: _Counting | None = None
 
     def held(self) -> dict[str, int]:
@@ -82,6 +84,7 @@ class MemoryMeter:
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Mark what runs inside as phase `name`: forward, backward, clip, step, load, eval. Free while not counting."""
+        self.at = name
         return _OFF if self._counting is None else self._counting.phase(name)
 
     @contextmanager
