@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import registry
 from optim.config_lowrank import ProjectedConfig, TargetedConfig
@@ -44,7 +45,7 @@ def shard(module, mesh, dim):
     return module
 
 
-def set_gradients(module, step, shapes=None):
+def set_gradients(module, step):
     """Gradients are a function of name and step alone, with a few leading directions that drift."""
     for name, p in module.named_parameters():
         generator = torch.Generator().manual_seed(1000 * step + len(name) * 31 + sum(map(ord, name)))
@@ -117,3 +118,30 @@ def ranks_agree(value):
     box = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return all(torch.equal(box[0], other) for other in box)
+
+
+class Counted(TorchDispatchMode):
+    """Values a rank sends in collectives, without the ring's (D - 1) / D; `numbers` of few are counted apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = self.numbers = self.largest = 0
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func.name().removeprefix("c10d::")
+            sizes = [
+                t.numel()
+                for a in args
+                for t in (a if isinstance(a, list | tuple) else [a])
+                if isinstance(t, torch.Tensor)
+            ]
+            size = max(sizes)
+            self.calls.append((name, sizes))
+            if size <= 4:
+                self.numbers += 1
+            else:
+                self.values += size * (2 if name.startswith("allreduce") else 1)
+                self.largest = max(self.largest, size)
+        return func(*args, **(kwargs or {}))
