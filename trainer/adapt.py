@@ -5,6 +5,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload.activations import Activations
 from offload.config import ActivationsConfig
+from offload.lean import make_lean
 from parallel.launch import World
 from trainer.errors import UserError
 
@@ -36,6 +37,11 @@ def manage_activations(cfg: ActivationsConfig, world: World, model: nn.Module) -
     """
     if cfg == ActivationsConfig():
         return None
+    if cfg.lean and not make_lean(model):
+        raise UserError(
+            f"activations.lean=true: {type(model).__name__} has no norm, gated MLP or grouped attention of a kind that "
+            "is known here. Use activations.lean=false."
+        )
     found = blocks(model)
     if not found:
         raise UserError(

@@ -267,7 +267,7 @@ def alternatives(cfg: Config, peak: Peak) -> dict[str, Config]:
     found: list[tuple[str, tuple[str, ...], Config]] = []
     if cfg.activations == ActivationsConfig():
         for fate in OTHER_FATES:
-            other = replace(cfg, activations=ActivationsConfig(fate=fate))
+            other = replace(cfg, activations=ActivationsConfig(fate=fate, lean=fate is Fate.fp8))
             found.append((f"activations={fate.value}", ("activations",), other))
     fewer = max((rows for rows in range(1, train.micro_batch) if train.micro_batch % rows == 0), default=None)
     if fewer is not None:

@@ -146,6 +146,9 @@ AXES: tuple[Axis, ...] = (
         v("fp8", "activations.fate=fp8", SMALL, reference={"activations": OWN, "mlp": OWN}, drifts=True),
         v("recompute_host", "activations.fate=recompute", "activations.inputs=host", SMALL),
     )),
+    Axis("blocks", "norms, products and attention as transformers computes them, or saving the least", False, (
+        v("transformers"), v("lean", "activations.lean=true"),
+    )),
     Axis("mlp", "pieces along the tokens that an MLP runs in", False, (
         v("whole"), v("tiled", "activations.tile_mlp=3"),
     )),

@@ -116,6 +116,7 @@ def test_the_predicted_bytes_of_every_kind_and_phase_are_the_measured_ones(
         ["activations=recompute_host", "activations.min_bytes=0", "train.micro_batch=2"],
         ["activations.rules=['mlp -> recompute','self_attn -> disk']", "activations.min_bytes=0"],
         ["activations.tile_mlp=3"],
+        ["activations=lean", "model.kv_heads=2", "precision=bf16_pure"],
         ["optim=galore", "optim.refresh=svd", "optim.update_proj_gap=1"],
         ["train.clip_norm=0.0001", "model.tie_embeddings=true", "model.kv_heads=2"],
     ],
