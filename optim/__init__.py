@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from optim.cosmos import COSMOS as COSMOS
     from optim.fira import Fira as Fira
     from optim.galore import GaLoreAdamW as GaLoreAdamW
+    from optim.in_backward import InBackward as InBackward
     from optim.sgd import SGD as SGD
 
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "COSMOS": "optim.cosmos",
     "Fira": "optim.fira",
     "GaLoreAdamW": "optim.galore",
+    "InBackward": "optim.in_backward",
     "MemoryOptimizer": "optim.base",
     "SGD": "optim.sgd",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "COSMOS",
     "Fira",
     "GaLoreAdamW",
+    "InBackward",
     "MemoryOptimizer",
     "SGD",
 ]

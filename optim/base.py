@@ -95,8 +95,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_one(self, p: Tensor, group: Group) -> None:
-        """Step one parameter of `group` as `step` would, with `p.grad` or `reduced[p]`; without the hooks of `step`."""
-        self._refuse_sparse(group, [p])
+        """Step one parameter of `group` as `step` would, with `p.grad` or `reduced[p]`; without hooks or checks."""
         if p not in self.state:
             self.state[p] = self.init_state(p, group)
         self.update([p], group)
@@ -119,7 +118,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._refuse_sparse(group, group["params"])
+            self.refuse_sparse(group["params"])
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if p not in self.state:  # unfrozen since construction
@@ -195,7 +194,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{where}, is there twice; leave one out")
             seen.add(id(p))
 
-    def _refuse_sparse(self, group: Group, params: list[Tensor]) -> None:
+    def refuse_sparse(self, params: list[Tensor]) -> None:
+        """Raise ValueError if one of the gradients is not dense."""
         for p in params:
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(

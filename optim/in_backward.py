@@ -217,6 +217,7 @@ class InBackward:
         low = self._pass == "update" and self.accumulates_low(p) and not (alone and p not in self.optimizer.reduced)
         if low and p.grad is not None:
             self.optimizer.reduce_(p, self._group_of[p])
+        self.optimizer.refuse_sparse([p])
         values = self.optimizer.reduced[p] if low else p.grad
         assert values is not None
         work = None if alone else dist.all_reduce(values, group=self._world.gradients, async_op=True)

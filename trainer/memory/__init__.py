@@ -1,7 +1,7 @@
 """Where the bytes of a run are: weights, gradients, states, activations, workspace.
 
     weights      parameters and buffers
-    gradients    what parameters' `.grad` holds, from the operator that made it on
+    gradients    what parameters' `.grad` holds, from the operator that made it on; projections that add up in its place
     states       tensors in the optimizer's state
     activations  storages that autograd holds for backward, module inputs kept for recomputation included; bf16 copies
                  of weights that autocast makes and backward needs are among them

@@ -180,7 +180,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _class_updated(self) -> None:
         """Class what a step makes and keeps."""
-        self._class_as(GRADIENTS, gradient_tensors(self._parameters))
+        self._class_as(GRADIENTS, gradient_tensors(self._parameters, self._optimizer))
         self._class_as(STATES, state_tensors(self._optimizer))
 
     def _hold(self, tensor: Tensor) -> list[Record]:

@@ -38,11 +38,13 @@ def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from plain_tensors(tensor)
 
 
-def gradient_tensors(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Plain tensors of the gradients that exist now."""
+def gradient_tensors(parameters: Iterable[Tensor], optimizer: Optimizer) -> Iterator[Tensor]:
+    """Plain tensors of the gradients that exist now, and of what an update in backward has kept of freed ones."""
     for parameter in parameters:
         if parameter.grad is not None:
             yield from plain_tensors(parameter.grad)
+    for kept in getattr(optimizer, "reduced", {}).values():
+        yield from plain_tensors(kept)
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -55,7 +57,7 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, device: torch.device) -> 
     """Bytes on `device` of the distinct storages of each kind; a shared one counts in the first that has it."""
     totals = []
     seen: set[int] = set()
-    for tensors in (weight_tensors(model), gradient_tensors(model.parameters()), state_tensors(optimizer)):
+    for tensors in (weight_tensors(model), gradient_tensors(model.parameters(), optimizer), state_tensors(optimizer)):
         total = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
