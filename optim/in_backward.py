@@ -212,12 +212,12 @@ class InBackward:
 
     def _take(self, p: Tensor) -> None:
         """Send one complete gradient on its way, and end the way of those before it."""
+        self.optimizer.refuse_sparse([p])
         alone = self._world.process_count == 1
         # With the whole gradient at hand and nobody to send it to, its norm is known and the step projects by itself.
         low = self._pass == "update" and self.accumulates_low(p) and not (alone and p not in self.optimizer.reduced)
         if low and p.grad is not None:
             self.optimizer.reduce_(p, self._group_of[p])
-        self.optimizer.refuse_sparse([p])
         values = self.optimizer.reduced[p] if low else p.grad
         assert values is not None
         work = None if alone else dist.all_reduce(values, group=self._world.gradients, async_op=True)
