@@ -82,6 +82,10 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """Bytes of all state tensors of one parameter with global `shape` and weights of `dtype`."""
         raise NotImplementedError
 
+    def reduced_bytes(self, p: Tensor, group: Group) -> int | None:
+        """Bytes of what most steps of `p` need of its gradient, if that is a linear projection; None: all of it."""
+        return None
+
     def reduces(self, p: Tensor, group: Group) -> bool:
         """Whether the next step of `p` needs no more of its gradient than `reduce_` keeps."""
         return False

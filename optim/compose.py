@@ -164,11 +164,15 @@ class ComposedOptimizer(MemoryOptimizer):
         yield from LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace, group)
         return True
 
-    def reduces(self, p: Tensor, group: Group) -> bool:
-        """Whether the step of `p` is a step on R alone: a linear projection, by a basis that stays this time."""
+    def reduced_bytes(self, p: Tensor, group: Group) -> int | None:
+        """Bytes of R, where the step is a step on R alone."""
         if not _projected(p.shape, group) or not LIFTS[self.lift_of(group)].linear:
-            return False
-        return not Subspace(p.shape, group).due(self.state[p])
+            return None
+        return math.prod(Subspace(p.shape, group).low_shape) * state_dtype(p.dtype).itemsize
+
+    def reduces(self, p: Tensor, group: Group) -> bool:
+        """Whether the next step is one on R alone: by a basis that stays this time."""
+        return self.reduced_bytes(p, group) is not None and not Subspace(p.shape, group).due(self.state[p])
 
     def reduce_(self, p: Tensor, group: Group) -> None:
         """Add R = project(G), in fp32 at least, to `reduced[p]`; free `p.grad`. Of a shard, its part of R."""

@@ -125,8 +125,8 @@ class COSMOS(ComposedOptimizer):
             if not 0 <= group[key] < math.inf:
                 raise ValueError(f"{key}={group[key]}: must be a finite number of at least 0")
 
-    def reduces(self, p: Tensor, group: Group) -> bool:
-        return False  # the momentum is of the whole gradient's size
+    def reduced_bytes(self, p: Tensor, group: Group) -> int | None:
+        return None  # the momentum is of the whole gradient's size
 
     def matrix_state(self, p: Tensor, group: Group) -> State:
         wide, layout = state_dtype(p.dtype), self._layout(p)

@@ -139,6 +139,15 @@ class InBackward:
         """Whether what adds up for the next step of `p` is the projected gradient alone."""
         return not self.needs_whole and self.optimizer.reduces(p, self._group_of[p])
 
+    def kept_bytes(self) -> tuple[int, int]:
+        """Bytes that `keep` keeps for a step without a refresh: of projected gradients, and of whole ones."""
+        projected = whole = 0
+        for p, group in self._group_of.items():
+            low = None if self.needs_whole else self.optimizer.reduced_bytes(p, group)
+            projected += low or 0
+            whole += p.nbytes if low is None else 0
+        return projected, whole
+
     @contextmanager
     def keep(self) -> Iterator[None]:
         """Let the gradients of a backward inside add up for a later one."""

@@ -46,8 +46,8 @@ from trainer.errors import UserError
 from trainer.memory import MemoryMeter, Peak, Timeline
 from trainer.model import build_model, check_length, check_vocabulary, first_line, model_config, parameter_count
 from trainer.precision import int8_matrices
-from trainer.schema import Config, Device, Dtype, Initial
-from trainer.step import train_step
+from trainer.schema import ClipBy, Config, Device, Dtype, Initial
+from trainer.step import kept_notes, train_step
 
 MICRO_STEPS = 3
 """Micro-steps run of a step that has more: the first has no gradients yet, the last exchanges them, and all between
@@ -65,7 +65,7 @@ class Plan:
     steps: dict[str, Timeline]
     """The `first` step, with what it sets up (a basis found, say), and a `steady` one."""
     notes: tuple[str, ...] = ()
-    """What a user should know about activations: tiers that are too small, rules without effect."""
+    """What a user should know: tiers for activations that are too small, rules without effect, gradients that add up."""
 
     @property
     def highest(self) -> str:
@@ -126,7 +126,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         ranks=ranks,
         device=device.type,
         steps=steps,
-        notes=activation_notes(trainable),
+        notes=(*activation_notes(trainable), *kept_notes(trainable)),
     )
 
 
@@ -281,7 +281,14 @@ def alternatives(cfg: Config, peak: Peak) -> dict[str, Config]:
             found.append(("precision=bf16", ("activations",), autocast))
     for name in OTHER_OPTIMIZERS:
         if name != cfg.optim.name:
-            other = replace(cfg, optim=registry.config_class(name)())
+            other = replace(cfg, optim=registry.config_class(name)(in_backward=cfg.optim.in_backward))
             found.append((f"optim={name}", ("states", "workspace"), other))
+    if not cfg.optim.in_backward:
+        override = "optim.in_backward=true"
+        in_backward = replace(cfg, optim=replace(cfg.optim, in_backward=True))
+        if train.clip_norm > 0 and train.clip_by is ClipBy["global"]:
+            override += " train.clip_by=parameter"
+            in_backward = replace(in_backward, train=replace(train, clip_by=ClipBy["parameter"]))
+        found.append((override, ("gradients",), in_backward))
     found.sort(key=lambda choice: -sum(peak.by_kind[kind] for kind in choice[1]))
     return {override: changed for override, _, changed in found}

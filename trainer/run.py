@@ -28,6 +28,7 @@ from trainer.recorder import Recorder
 from trainer.schema import Config, Dtype
 from trainer.signals import Interrupted, StopRequest
 from trainer.state import restore
+from trainer.step import kept_notes
 from trainer.summary import draw, finish, resume_command, run_info
 
 
@@ -204,6 +205,8 @@ def begin(
             recorder.notice(f"going on from {checkpoint.path}, at the beginning of other data")
     if built.in_backward is not None:
         built.in_backward.previous = where.get("previous_norm")
+    for note in kept_notes(built):
+        recorder.notice(note)
     throughput = Throughput(
         total_steps=cfg.train.steps,
         step=where.get("step", 0),

@@ -14,6 +14,7 @@ from optim.schedule import multiplier, scale_rates
 from parallel.collectives import any_rank
 from trainer.build import Trainable
 from trainer.data.batch import Batch, StepBatch
+from trainer.memory import format_bytes
 from trainer.precision import autocast
 from trainer.schema import ClipBy
 
@@ -145,3 +146,19 @@ def measured_norm(built: Trainable, updates: InBackward, batch: Batch, targets: 
         backward(built, forward(built, batch, targets))
     assert found.norm is not None, "a measuring pass sees whole gradients"
     return found.norm
+
+
+def kept_notes(built: Trainable) -> list[str]:
+    """Say what gradients take between the micro-steps of an update in backward, if there are several."""
+    rows = built.cfg.train.global_batch // built.world.process_count
+    micro_steps = rows // built.cfg.train.micro_batch
+    if built.in_backward is None or micro_steps == 1:
+        return []
+    projected, whole = built.in_backward.kept_bytes()
+    text = f"optim.in_backward with {micro_steps} micro-steps: between them "
+    if projected:
+        text += f"{format_bytes(projected)} of projected gradients (whole ones in steps that refresh a basis) and "
+    text += f"{format_bytes(whole)} of whole gradients add up"
+    if built.in_backward.needs_whole:
+        text += f"; train.clip_by={built.cfg.train.clip_by.value} needs the norms of whole ones"
+    return [text]
