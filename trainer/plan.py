@@ -65,7 +65,7 @@ class Plan:
     steps: dict[str, Timeline]
     """The `first` step, with what it sets up (a basis found, say), and a `steady` one."""
     notes: tuple[str, ...] = ()
-    """What a user should know: tiers for activations that are too small, rules without effect, gradients that add up."""
+    """What a user should know: tiers that are too small, rules without effect, gradients that add up."""
 
     @property
     def highest(self) -> str:
