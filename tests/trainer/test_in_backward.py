@@ -134,9 +134,10 @@ def on_this_rank() -> list[Any]:
     return found
 
 
-def test_the_plan_of_a_rank_is_what_it_holds() -> None:
+def test_the_plan_of_a_rank_is_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what real ranks tell each other on the host: flags, and in which order gradients come."""
     real = on_ranks(2, on_this_rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the options are checked for as many
     for index, case in enumerate(RANK_CASES):
         planned = peaks(plan(*NARROW, IN_BACKWARD, *case, ranks=2))
         for held in (rank[index] for rank in real):
