@@ -130,6 +130,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         optimizer, engine, in_backward = with_engine(cfg, world, model)
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
+    counted = getattr(optimizer, "inner", None) or optimizer  # a library's is a shell around ours, which has the states
     return Trainable(
         cfg=cfg,
         world=world,
@@ -137,7 +138,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         optimizer=optimizer,
         engine=engine,
         in_backward=in_backward,
-        meter=MemoryMeter(model, optimizer, world.device, elsewhere=activations.ledger if activations else None),
+        meter=MemoryMeter(model, counted, world.device, elsewhere=activations.ledger if activations else None),
         loss=loss,
         activations=activations,
     )

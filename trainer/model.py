@@ -112,8 +112,8 @@ def build_model(
             ) from error
         except NotImplementedError as error:
             raise UserError(
-                f"parallel.zero: {type(config).__name__}'s weights cannot be drawn one at a time ({first_line(error)}). "
-                "Use parallel.zero=1 or 0."
+                f"parallel.zero: {type(config).__name__}'s weights cannot be drawn one at a time "
+                f"({first_line(error)}). Use parallel.zero=1 or 0."
             ) from error
     if int8 is not None:
         try:

@@ -14,6 +14,7 @@ import argparse
 import random
 import sys
 
+from tests.composition import document
 from tests.composition.axes import AXES, Combination
 from tests.composition.cover import drawn, product
 from tests.composition.laboratory import Laboratory
@@ -47,6 +48,8 @@ def main() -> int:
             survey = Survey(run(laboratory, product(free or [axis.name for axis in AXES], fixed), tell))
         else:
             survey = all_pairs(laboratory, fixed, tell)
+            if asked.docs and not fixed:
+                document.PATH.write_text(document.written(survey))
     return conclude(survey)
 
 

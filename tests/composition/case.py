@@ -44,8 +44,8 @@ class Report:
     """The refusal or the traceback."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """As in metrics.jsonl: of steps and of evaluations."""
-    held: dict[str, int] = field(default_factory=dict)
-    """Bytes by kind between two steps."""
+    between: dict[str, int] = field(default_factory=dict)
+    """Bytes by kind at the end of the last counted step."""
     peak: dict[str, int] = field(default_factory=dict)
     """Most bytes of each kind in a counted step, and of all together as `total`."""
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -112,9 +112,9 @@ def train_on(run: Run, report: Report) -> None:
         train(run)
     last = dict(built.model.named_parameters())
     report.moved = {name: float((last[name].detach().double() - p.double()).norm()) for name, p in first.items()}
-    report.held = built.meter.held()
     for timeline in run.timelines.values():
-        for kind in report.held.keys() | timeline.peak.by_kind.keys():
+        report.between = timeline.at(len(timeline) - 1)
+        for kind in report.between:
             most = max(timeline.at(i)[kind] for i in range(len(timeline)))
             report.peak[kind] = max(report.peak.get(kind, 0), most)
         report.peak["total"] = max(report.peak.get("total", 0), timeline.peak.total)

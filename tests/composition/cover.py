@@ -20,7 +20,7 @@ T = TypeVar("T")
 Core = frozenset[Choice]
 
 TRIES = 6
-"""Candidates for each row, of which the one with most new pairs is taken."""
+"""Candidates for each row that cover much, and that are plain; the one with most new pairs is taken."""
 
 
 def pairs_of(combination: Combination, strength: int = 2) -> set[Core]:
@@ -55,28 +55,32 @@ def meaningful_pairs(fixed: Core = frozenset(), strength: int = 2) -> list[Core]
     return [pair for pair in pairs if optimizers_for(pair | fixed)]
 
 
-def reduce_to_core(row: Combination, refusal: Callable[[Combination], str], keep: Core = frozenset()) -> Core:
-    """The values of `row` that it takes to be refused: put one back to its default and it is not, or, where the reason
-    names an option that has its default, give that another value."""
+Problems = Callable[[Combination], Sequence[str]]
+
+
+def reduce_to_core(row: Combination, problem: str, problems: Problems, keep: Core = frozenset()) -> Core:
+    """The values of `row` that it takes to be refused by `problem`: put one back to its default and it is not, or,
+    where the problem names an option that has its default, give that another value."""
     found = row
     for axis in reversed(AXES):
         plainer = found.but(**{axis.name: axis.values[0].name})
         if (axis.name, row[axis.name]) not in keep and plainer != found and plainer.is_meaningful():
-            found = plainer if refusal(plainer) else found
-    reason = refusal(found)
+            found = plainer if problem in problems(plainer) else found
     core = frozenset(
         (axis.name, found[axis.name])
         for axis in AXES
         if found[axis.name] != axis.values[0].name
-        or (is_named(axis, reason) and any(not refusal(other) for other in neighbours(found, axis)))
+        or (is_named(axis, problem) and any(problem not in problems(other) for other in neighbours(found, axis)))
     )
     # a default may be refused for the same reason as what the row has in its place: then that belongs to the core
     replaced = frozenset((axis, row[axis]) for axis, name in core if row[axis] != name)
-    return reduce_to_core(row, refusal, keep | replaced) if replaced else core
+    return reduce_to_core(row, problem, problems, keep | replaced) if replaced else core
 
 
-def is_named(axis: Axis, text: str) -> bool:
-    return any(o.split("=")[0] in text for value in axis.values for o in value.overrides if o.split("=")[0] != "optim")
+def is_named(axis: Axis, problem: str) -> bool:
+    """Whether `problem` may be about `axis`: it names it or an option of it, or there is none to be named."""
+    options = [override.split("=")[0] for value in axis.values for override in value.overrides]
+    return not options or any(name in problem for name in (axis.name, *options) if name != "optim")
 
 
 def neighbours(combination: Combination, axis: Axis) -> Iterator[Combination]:
@@ -113,24 +117,28 @@ class Array:
         pair, known = next(iter(self.uncovered)), len(self.refusals)
         for optimizer in self._shuffled(optimizers_for(pair | self.fixed)):
             start = {**dict(self.fixed), **dict(pair), "optimizer": optimizer}
-            found = [row for row in (self._complete(dict(start)) for _ in range(TRIES)) if row is not None]
+            tries = [self._complete(dict(start), plain=count >= TRIES) for count in range(2 * TRIES)]
+            found = [row for row in tries if row is not None]
             for row in sorted(found, key=self._gain, reverse=True):
-                if not row.refusal:
+                if not row.problems:
                     return row
-                core = reduce_to_core(row, lambda combination: combination.refusal)
-                self.refusals[core] = next((found.refusal for found in minimal(core) if found.refusal), row.refusal)
-        if len(self.refusals) == known and all(row.refusal for row in minimal(pair | self.fixed)):
+                for problem in row.problems:
+                    core = reduce_to_core(row, problem, lambda combination: combination.problems)
+                    self.refusals.setdefault(core, problem)
+        if len(self.refusals) == known:
             del self.uncovered[pair]
             self.impossible.append(pair)
         return None
 
-    def _complete(self, chosen: dict[str, str]) -> Combination | None:
-        """Choose for each open axis, in random order, a value that covers most and is in no refused core."""
+    def _complete(self, chosen: dict[str, str], *, plain: bool) -> Combination | None:
+        """Choose for each open axis, in random order, a value that is in no refused core: one that covers most, which
+        may leave nothing for another axis, or the default where `plain`."""
         for axis in self._shuffled([axis for axis in AXES if axis.name not in chosen]):
             gains: list[tuple[int, float, str]] = []
             for value in axis.values:
                 if applies((value,), chosen["optimizer"]) and not self._hits(chosen | {axis.name: value.name}):
-                    new = self._new((axis.name, value.name), list(chosen.items()))
+                    choice = (axis.name, value.name)
+                    new = int(value is axis.values[0]) if plain else self._new(choice, list(chosen.items()))
                     exact = axis.name == "precision" and value is axis.values[0]  # the strictest, and quickest
                     gains.append((new, exact + self.draw.random(), value.name))
             if not gains:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.composition.axes import Combination
 from tests.composition.case import Job, Report
 from tests.composition.compare import Trained, distances, limits, trained
+from tests.composition.held import ignored
 from tests.composition.pool import Pools, worst
 
 TWINS = (2, 4)
@@ -70,9 +71,12 @@ class Laboratory:
         except Failed as failed:  # the layout accepts what one process refuses, or the method itself is broken
             return Outcome("crashed", f"its reference ({combination.reference}): {failed}")
         measured = distances(found, reference)
-        allowed = limits(combination["precision"], yardstick, exact=combination.is_exact)
+        allowed = limits(combination["precision"], yardstick, drifts=combination.setting("drifts", False))
         far = [key for key, value in measured.items() if not value <= allowed.get(key, float("inf"))]
-        return Outcome("differs" if far else "equal", "", measured, allowed)
+        if far:
+            return Outcome("differs", "", measured, allowed)
+        without_effect = ignored(combination, found, reference)
+        return Outcome("ignored" if without_effect else "equal", "; ".join(without_effect), measured, allowed)
 
     def reference(self, method: Combination) -> tuple[Trained, dict[str, float]]:
         """The single-process training of a method, and how far it drifts when it splits its own batch otherwise."""

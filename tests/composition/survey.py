@@ -49,17 +49,18 @@ def all_pairs(
     survey = Survey(run(laboratory, array.rows(), tell), array.refusals, array.impossible)
     refused = [row for row, outcome in survey.outcomes.items() if outcome.kind == "refused"]
 
-    def refusal(row: Combination) -> str:
+    def problems(row: Combination) -> list[str]:
         if row not in survey.outcomes:
             survey.outcomes[row] = laboratory.judge(row)
-        return survey.outcomes[row].text if survey.outcomes[row].kind == "refused" else ""
+        return [survey.outcomes[row].text] if survey.outcomes[row].kind == "refused" else []
 
     for row in refused:
-        survey.refusals[reduce_to_core(row, refusal)] = survey.outcomes[row].text
+        text = survey.outcomes[row].text
+        survey.refusals[reduce_to_core(row, text, problems)] = text
     known = survey.equal_pairs()
     left = {pair for row in [*survey.failures, *refused] for pair in pairs_of(row)} - known
     for pair in sorted(left, key=sorted):
-        alone = [row for row in minimal(pair | fixed) if not row.refusal]
+        alone = [row for row in minimal(pair | fixed) if not row.problems]
         survey.outcomes |= run(laboratory, [row for row in alone[:1] if row not in survey.outcomes], tell)
         if all(survey.outcomes[row].kind == "refused" for row in alone if row in survey.outcomes):
             survey.refused_pairs.append(pair)

@@ -19,8 +19,13 @@ def laboratory() -> Iterator[Laboratory]:
         yield found
 
 
-FOUND = [Combination.of(ranks=2, clip="previous", in_backward="yes", resume="again")]
-"""Combinations that once differed: the norm of the step before was in no checkpoint."""
+FOUND = [
+    # the norm of the step before was in no checkpoint
+    Combination.of(ranks=2, clip="previous", in_backward="yes", resume="again"),
+    # DeepSpeed's hooks hand on an alias of what the head returns, which was taken for a model that scales its logits
+    Combination.of(ranks=2, zero=3, engine="deepspeed", precision="fp32", loss="chunked"),
+]
+"""Combinations that once went wrong."""
 
 
 @pytest.mark.parametrize("combination", [*Array(strength=1).rows(), *FOUND], ids=str)

@@ -70,7 +70,7 @@ def test_a_covering_array_covers_and_is_the_same_every_time() -> None:
 def test_what_is_refused_is_reduced_to_the_values_it_takes() -> None:
     array = Array(frozenset([("optimizer", "apollo"), ("refresh", "random"), ("precision", "fp64")]), strength=1)
     rows = list(array.rows())
-    assert all(not row.refusal for row in rows)
+    assert all(not row.problems for row in rows)
     core = frozenset([("optimizer", "apollo"), ("refresh", "random"), ("when", "lazy")])
     assert "random bases do not settle" in array.refusals[core]
     assert frozenset([("when", "lazy")]) in array.impossible

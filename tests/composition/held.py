@@ -1,0 +1,42 @@
+"""Whether a layout did to the bytes what it is there for: an option accepted and ignored trains just as well."""
+
+from tests.composition.axes import Combination
+from tests.composition.compare import Trained
+
+SMALL = 32768
+"""Bytes that every rank may hold beside its share: what does not grow with the model, such as COSMOS' r x r products
+of 14 matrices, and rotary frequencies."""
+
+
+def ignored(combination: Combination, found: Trained, reference: Trained) -> list[str]:
+    """Say which options had no effect on what ranks held."""
+    alone = reference.reports[0]
+    between = [report.between for report in found.reports]
+    said = []
+    if combination.resume == "to_one":
+        return []  # what is left is the report of one process
+    sharded = combination["zero"] != "0" and combination.ranks > 1
+    groups = int(combination["replicas"]) if sharded else combination.ranks
+    for kind in ("weights", "states"):
+        whole, held = alone.between[kind], [each[kind] for each in between]
+        if combination["engine"] != "torch" and kind == "weights":
+            continue  # DeepSpeed keeps weights to compute with beside those it steps
+        cut = sharded and (kind == "states" or combination["zero"] in ("2", "3"))
+        if not cut and max(held) != whole:
+            said.append(f"{kind}: {max(held)} bytes on a rank, one process holds {whole}")
+        if cut and not whole <= sum(held) / groups + SMALL:
+            said.append(f"{kind}: {sum(held)} bytes on all ranks are less than the {groups} x {whole} to be held")
+        if cut and sum(held) / groups > whole * 1.01 + SMALL * len(held):
+            said.append(f"{kind}: {sum(held)} bytes on all ranks, parallel.zero={combination['zero']} cuts {whole}")
+    saves = combination["activations"] not in ("keep",) and not alone_saves(combination)
+    if saves:
+        rows, rows_alone = combination.micro_batch, combination.reference.micro_batch
+        most = max(report.peak["activations"] for report in found.reports) / rows
+        if most >= alone.peak["activations"] / rows_alone:
+            said.append(f"activations={combination['activations']}: {most:.0f} bytes a row, no fewer than with keep")
+    return said
+
+
+def alone_saves(combination: Combination) -> bool:
+    """Whether the reference has the same fate of activations: then there is nothing to compare with."""
+    return combination.reference["activations"] == combination["activations"]
