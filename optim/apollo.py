@@ -25,10 +25,11 @@ class APOLLO(LowRankAdamW):
 
     Group keys are those of apollo-torch: `rank, update_proj_gap (200), scale (1), proj_type ("std"),
     proj ("random" or "svd"), scale_type ("channel" or "tensor")`. With compat="authors" it follows apollo-torch 1.0.3
-    step for step, its seeds by position in the list of parameters included.
+    step for step, its seeds by position in the list of parameters included. `q_compat` limits the growth of updates
+    after Adam's bias correction instead of before it, as the authors' Q-APOLLO does.
     """
 
-    choices = SUBSPACE_DEFAULTS | {"scale": 1.0, "refresh": "random", "scale_type": "channel"}
+    choices = SUBSPACE_DEFAULTS | {"scale": 1.0, "refresh": "random", "scale_type": "channel", "q_compat": False}
 
     def add_param_group(self, param_group: Group) -> None:
         if "proj" in param_group:
@@ -59,4 +60,9 @@ class APOLLO(LowRankAdamW):
 class APOLLOMini(APOLLO):
     """APOLLO with one scale per matrix; meant for rank 1, where states all but vanish. `scale` is the authors' 128."""
 
-    choices = SUBSPACE_DEFAULTS | {"scale": 128.0, "refresh": "random", "scale_type": "tensor"}
+    choices = SUBSPACE_DEFAULTS | {
+        "scale": 128.0,
+        "refresh": "random",
+        "scale_type": "tensor",
+        "q_compat": False,
+    }

@@ -1,6 +1,7 @@
 """Options of the low-rank methods that keep the weights in int8 too: Q-GaLore and Q-APOLLO."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from optim.config_base import States
 from optim.config_lowrank import ApolloConfig, ApolloMiniConfig, Basis, Compat, GaLoreConfig
@@ -29,10 +30,14 @@ class QApolloConfig(ApolloConfig):
     int8_weights = True
     int8_group = 128
     name: str = "qapollo"
+    q_compat: bool = False
+    """Limit the growth of updates after Adam's bias correction, as the authors' Q-APOLLO, instead of before it, as
+    their APOLLO; differs in the first steps, about 1/(1 - beta2) of them."""
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"q_compat": self.q_compat}
 
 
 @dataclass(kw_only=True)
-class QApolloMiniConfig(ApolloMiniConfig):
-    int8_weights = True
-    int8_group = 128
+class QApolloMiniConfig(ApolloMiniConfig, QApolloConfig):
     name: str = "qapollo_mini"

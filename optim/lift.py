@@ -64,7 +64,8 @@ class Scaled(Lift):
         state, side = item.state, subspace.side
         normed = torch.zeros_like(low)
         substitute = Stepped(normed, low, state, layout=subspace.low)
-        yield from rule.stepping(substitute, group, lr=-1.0, weight_decay=0.0, raw=True)
+        corrected = group.get("q_compat", False)  # as the authors' Q-APOLLO: the limiter sees Adam's correction too
+        yield from rule.stepping(substitute, group, lr=-1.0, weight_decay=0.0, raw=not corrected)
         inside = group["scale"] if self.residual else 0.0
         if item.layout.whole or (self.per_channel and not subspace.cut):
             factor = scaling(normed, low, side, per_channel=self.per_channel)
@@ -82,7 +83,8 @@ class Scaled(Lift):
             del normed, low
         factor = limit_growth_(factor, square.sqrt_(), state["growth"])
         # Everything the weight takes is -lr a times something; the authors decay afterwards what we decay before.
-        alpha = -lr * rule.bias(state["step"], group) * (decay if authors else 1.0)
+        bias = 1.0 if corrected else rule.bias(state["step"], group)
+        alpha = -lr * bias * (decay if authors else 1.0)
         if self.residual:
             inner = factor[subspace.low.mine] if subspace.cut and side == "right" else factor
             back: Tensor | None = subspace.spread((normed - low * inner).mul_(alpha * inside))

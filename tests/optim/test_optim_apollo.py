@@ -41,17 +41,19 @@ def compare(reference_run, p, start, grads, bases, left):
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("q_compat", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_apollo_matches_the_float64_reference_through_refreshes(shape, scale_type, proj_type):
+def test_apollo_matches_the_float64_reference_through_refreshes(shape, q_compat, scale_type, proj_type):
     p = torch.nn.Parameter(randn(*shape))
     start = p.detach().clone()
     grads = [randn(*shape, seed=s) * s for s in range(1, 13)]  # growing, so that the limiter acts
-    optimizer = build(APOLLO, p, scale=3.0, scale_type=scale_type, proj_type=proj_type)
+    optimizer = build(APOLLO, p, scale=3.0, scale_type=scale_type, proj_type=proj_type, q_compat=q_compat)
     bases = run(optimizer, p, grads)
     assert all(v.dtype is torch.float64 for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
 
     def by_hand(weight, gradients, used):
-        return reference.apollo(weight, gradients, used, per_channel=scale_type == "channel", scale=3.0, **OPTIONS)
+        kind = {"per_channel": scale_type == "channel", "corrected": q_compat}
+        return reference.apollo(weight, gradients, used, scale=3.0, **kind, **OPTIONS)
 
     compare(by_hand, p, start, grads, bases, side_of(shape, proj_type) == "left")
 

@@ -50,13 +50,16 @@ def scale_of(normed: Array, low: Array, per_channel: bool) -> Array:
 def apollo(
     weight: Array, gradients: list[Array], bases: list[Array], *, per_channel: bool, scale: float, lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
+    corrected: bool = False,
 ) -> Array:  # fmt: skip
-    """`bases[t]` is P (r, columns) of step t."""
+    """`bases[t]` is P (r, columns) of step t. `corrected`: the limiter sees Adam's bias correction (Q-APOLLO)."""
     adam, limit = RawAdam((weight.shape[0], bases[0].shape[0]), betas, eps), Limiter()
     for gradient, basis in zip(gradients, bases, strict=True):
         low = gradient @ basis.T
-        update = limit(gradient * scale_of(adam.direction(low), low, per_channel))
-        weight = weight - lr * weight_decay * weight - lr * adam.correction * np.sqrt(scale) * update
+        direction = adam.direction(low)
+        before, after = (adam.correction, 1.0) if corrected else (1.0, adam.correction)
+        update = limit(gradient * before * scale_of(direction, low, per_channel))
+        weight = weight - lr * weight_decay * weight - lr * after * np.sqrt(scale) * update
     return weight
 
 
