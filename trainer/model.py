@@ -3,12 +3,13 @@
 Any family that goes through transformers' `AutoModelForCausalLM` is taken as it is; nothing here edits its source.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from optim.int8_model import quantize_weights
 from parallel.mesh import Share
@@ -171,8 +172,13 @@ def check_length(config: transformers.PretrainedConfig, sequence_length: int) ->
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of distinct weights (tied ones once)."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of distinct weights (tied ones once), wherever they lie."""
+    return sum(math.prod(global_shape(p)) for p in model.parameters())
+
+
+def global_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter; DeepSpeed's ZeRO-3 leaves an empty tensor between its uses."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from trainer.folder import RunFolder
 from trainer.loop import Run
 from trainer.memory import Peak
 from trainer.metrics import read_metrics
-from trainer.model import first_line, parameter_count
+from trainer.model import first_line, global_shape, parameter_count
 from trainer.plan import predict
 from trainer.precision import precision_text, torch_dtype
 from trainer.recorder import Recorder
@@ -46,7 +46,7 @@ def resume_command(cfg: Config, folder: RunFolder) -> str:
 def state_sizes(run: Run) -> tuple[int, int]:
     """Bytes of this run's optimizer states and of plain AdamW's on the same model, both from the methods' formulas."""
     cfg, model = run.built.cfg, run.built.model
-    shapes = [(name, p.shape) for name, p in model.named_parameters() if p.requires_grad]
+    shapes = [(name, global_shape(p)) for name, p in model.named_parameters() if p.requires_grad]
     dtype = torch_dtype(cfg.precision.weights)
     return registry.state_bytes(cfg.optim, shapes, dtype), registry.state_bytes(AdamWConfig(), shapes, dtype)
 

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.launch import connected
+from parallel.launch import World, connected
 from tests.ranks import on_ranks
 from tests.trainer import tiny
+from trainer.build import Trainable
 from trainer.cli.compose import load
+from trainer.engines.deepspeed_config import generated
+from trainer.errors import UserError
 
 OPTIMIZERS = {
     "adamw": ["optim=adamw", "optim.weight_decay=0.1"],  # by parts, without communication
@@ -50,7 +53,18 @@ def on_two(folder: Path) -> dict[str, Any]:
                 run(optimizer, f"zero{stage}_from_torch", [*deepspeed(stage), LARGE_MICRO], HALF, "torch")
             run(optimizer, "torch_from_zero3", [], HALF, "zero3")
         run("adamw", "zero1_from_zero3", deepspeed(1), HALF, "zero3")
+        for name, overrides in {"torch": [], **{f"zero{stage}": deepspeed(stage) for stage in STAGES}}.items():
+            history[f"poisoned/{name}"] = poisoned(world, tiny.trainable(world, [*OPTIMIZERS["adamw"], *overrides]))
     return history
+
+
+def poisoned(world: World, built: Trainable) -> list[tuple[float, float, bool]]:
+    """Three steps; in the second, the gradients of rank 1 are not numbers from the fourth micro-step on."""
+    found = tiny.train(world, built, range(1))
+    backward, factors = built.engine.backward, iter([1.0, 1.0, 1.0] + [float("nan")] * 3)
+    if world.process_rank == 1:
+        object.__setattr__(built.engine, "backward", lambda loss: backward(loss * next(factors, 1.0)))
+    return found + tiny.train(world, built, range(1, 3))
 
 
 def on_other(folder: Path, ranks: int) -> dict[str, Any]:
@@ -78,6 +92,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, history
 
 
+def runs(history: dict[str, Any]) -> list[str]:
+    return [name for name in history if not name.startswith("poisoned/")]
+
+
 def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     """Largest of the weights."""
     assert found.keys() == wanted.keys()
@@ -88,7 +106,7 @@ def test_every_stage_rank_count_and_resume_ends_where_torch_ends(trained: tuple[
     """fp32, 6 steps, clipped: sums in another order, so 1e-5."""
     folder, history = trained
     wanted = {optimizer: tiny.saved(folder / optimizer / "torch", END)[0] for optimizer in OPTIMIZERS}
-    found = {name: difference(tiny.saved(folder / name, END)[0], wanted[name.split("/")[0]]) for name in history}
+    found = {name: difference(tiny.saved(folder / name, END)[0], wanted[name.split("/")[0]]) for name in runs(history)}
     assert len(found) == 12 * len(OPTIMIZERS) + 1 and {name: d for name, d in found.items() if not d < 1e-5} == {}
 
 
@@ -115,3 +133,46 @@ def test_a_checkpoint_is_the_same_after_another_engine_stage_and_rank_count(
         found, found_numbers = tiny.saved(folder / name / "again", HALF)
         assert found.keys() == wanted.keys() and found_numbers == numbers
         assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == [], name
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, history = trained
+    for stage in STAGES:
+        steps = history[f"poisoned/zero{stage}"]
+        assert [applied for *_, applied in steps] == [True, False, True]
+        first, _, last = history["poisoned/torch"]
+        assert (steps[0][:2], steps[2][:2]) == (pytest.approx(first[:2], rel=1e-4), pytest.approx(last[:2], rel=1e-4))
+
+
+REFUSED = {
+    "parallel.zero=0": "DeepSpeed shards here, with parallel.zero=1, 2 or 3",
+    "precision=bf16_pure": "use precision=fp32 or bf16, or parallel.engine=torch",
+    "parallel.zero=1 precision=bf16": "use parallel.zero=2",
+    "optim.in_backward=true train.clip_norm=0": "use parallel.engine=torch",
+    "train.clip_by=parameter": "use train.clip_by=global, or parallel.engine=torch",
+    "parallel.replicas=2": "cuts over all ranks",
+    "parallel.accumulate=local": "leave it out",
+    "deepspeed.gradient_clipping=0.3": "contradicts train.clip_norm, by which it is 0.5",
+    "deepspeed.zero_optimization.stage=3": "contradicts parallel.zero, by which it is 2",
+    "deepspeed.train_batch_size=7": "contradicts train.global_batch, by which it is 12",
+    "deepspeed.optimizer.type=Adam": "is decided here by optim=NAME",
+    "deepspeed.wandb.enabled=true": "is decided here by track=wandb",
+    "deepspeed.zero_optimisation.stage=2": "is not passed through; known are zero_optimization",
+    "deepspeed.zero_optimization.zero_quantized_gradients=true": "would not train what the torch engine trains",
+    "deepspeed.zero_optimization.offload_optimizer.device=gpu": "must be cpu, nvme or none",
+    "parallel.engine=torch deepspeed.prescale_gradients=true": "has no effect with parallel.engine=torch",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_deepspeed_cannot_do_or_would_do_otherwise_is_refused(overrides: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load([*tiny.MODEL, *OPTIMIZERS["adamw"], *deepspeed(2), *overrides.split()])
+    assert REFUSED[overrides] in str(refused.value)
+
+
+def test_keys_of_deepspeed_reach_it_beside_ours() -> None:
+    given = ["deepspeed.zero_optimization.reduce_bucket_size=1000", "deepspeed.gradient_clipping=0.5"]
+    made = generated(load([*tiny.MODEL, *deepspeed(3), *given]), 1)
+    assert (made["zero_optimization"]["reduce_bucket_size"], made["zero_optimization"]["stage"]) == (1000, 3)
+    assert (made["gradient_clipping"], made["gradient_accumulation_steps"]) == (0.5, 12)

@@ -50,7 +50,7 @@ class DeepSpeedEngine:
             on_host=deepspeed_config.offloaded_to(cfg) is not None,
         )
         try:
-            deepspeed = quiet_deepspeed(world.device)
+            deepspeed = quiet_deepspeed(world)
             self.model, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
@@ -145,14 +145,14 @@ class DeepSpeedEngine:
         self._zero.checkpoint_event_epilogue()
 
 
-def quiet_deepspeed(device: torch.device) -> Any:
-    """Import deepspeed for `device`; it decides at its import, and tells a good deal that concerns its authors."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+def quiet_deepspeed(world: World) -> Any:
+    """Import deepspeed for this rank's device, which it decides at its import, and keep it quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # which it insists on, even of a single process
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # of inference: it would be compiled at every first start
-    )
+    # Of inference; it would be compiled at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Among its warnings is one of untested optimizers, at every start; ours is tested, in tests/parallel.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)

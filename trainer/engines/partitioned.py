@@ -81,6 +81,10 @@ class PartitionedOptimizer(Optimizer):
         if not self._elementwise:
             for piece in self._pieces.values():
                 piece.data = piece.new_empty(0)  # whole only while it is stepped
+        for flat in flats:  # for the memory accounting: masters count as states, as in ZeRO's own formulas
+            self.state[flat]["master"] = flat
+        if self.inner is not None:
+            self.state[flats[0]]["inner"] = self.inner.state
 
     def _built(self) -> Optimizer | None:
         if not self._pieces:  # more ranks than parameters

@@ -32,10 +32,11 @@ def plain_tensors(value: Any) -> Sequence[Tensor]:
 
 
 def weight_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Plain tensors of the parameters and buffers."""
+    """Plain tensors of the parameters and buffers; of DeepSpeed's ZeRO-3 also the part this rank keeps."""
     for owned in (model.parameters(), model.buffers()):
         for tensor in owned:
             yield from plain_tensors(tensor)
+            yield from plain_tensors(getattr(tensor, "ds_tensor", ()))
 
 
 def gradient_tensors(parameters: Iterable[Tensor], optimizer: Optimizer) -> Iterator[Tensor]:
