@@ -3,6 +3,7 @@
 No torch, no transformers: a mistake is reported within a second.
 """
 
+import os
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trainer import check, recipes
 from trainer.cli import store
 from trainer.cli.overrides import Findings, choices, parse, split
 from trainer.cli.values import apply
+from trainer.engines import accelerate_config
 from trainer.errors import UserError
 from trainer.schema import Config
 
@@ -38,7 +40,8 @@ def judge(overrides: list[str]) -> tuple[Config | None, list[str]]:
     cfg = compose(overrides, found)
     loaded = None if cfg is None else as_object(cfg, found)
     if loaded is not None:
-        conclude(found, [*check.problems(loaded), *check.start_problems(loaded)])
+        loaded, problems = accelerate_config.applied(loaded, os.environ)
+        conclude(found, problems or [*check.problems(loaded), *check.start_problems(loaded)])
     return loaded, found.problems
 
 
