@@ -34,7 +34,8 @@ BESIDE = """
 ## Beside the papers' figures
 
 The papers print an estimate, weights + states, both bf16, weights int8 in the Q- methods (7B: states alone). `ours` is
-the same sum from `state_bytes` with `optim.states=bf16` (moments of two bytes; a basis stays fp32 here) or with the codec that is named.
+the same sum from `state_bytes` with `optim.states=bf16` (moments of two bytes; a basis stays fp32 here) or with the
+codec that is named.
 """
 REMARKS = """
 What the papers leave out, or count otherwise:
