@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory_table, optimizer_step
+from benchmarks import gpu, memory_table, optimizer_step
 from benchmarks.optimizer_arms import ARMS, Size, gradients
 
 
@@ -45,3 +45,14 @@ def test_every_rival_and_bar_names_an_arm() -> None:
     named = {name for pair in optimizer_step.BARS for name in pair} | set(optimizer_step.RIVALS)
     named |= {rival for rivals in optimizer_step.RIVALS.values() for rival in rivals}
     assert named <= set(ARMS)
+
+
+def test_a_steps_share_of_a_refresh_is_counted_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {
+        "steady_seconds": {"torch adamw fused": {"median": 1.0}, "galore": {"median": 1.1}, "apollo": {"median": 1.2}},
+        "refresh_extra_seconds": {"galore": 40.0, "apollo": -0.1},
+    }
+    monkeypatch.setattr(gpu, "optimizer_steps", lambda *_: lambda _: {"sizes": {"7B": sizes}})
+    found = gpu.amortised("7B")(60.0)
+    assert found["amortised_over_adamw"] == pytest.approx({"torch adamw fused": 1.0, "galore": 1.3, "apollo": 1.2})
+    assert found["bars"]["galore"]["met"] and not found["bars"]["apollo"]["met"]
