@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from optim.base import Group, State
 from optim.library import SMALLEST, LibraryOptimizer, borrowed_step_, is_pretended
@@ -94,7 +95,9 @@ def borrowed(state: State, key: str, p: Tensor, kind: str) -> Tensor:
         return fp8
     signed = MOMENTS[key]
     home = subclass_8bit if kind == "AdamW8bit" else subclass_4bit
-    values = torch.tensor(home.get_qmap_signed() if signed else home.get_qmap_unsigned(), device=p.device)
+    with unset_fake_temporarily():  # torchao keeps the lists, and reads them off tensors
+        book = home.get_qmap_signed() if signed else home.get_qmap_unsigned()
+    values = torch.tensor(book, device=p.device)
     if kind == "AdamW8bit":
         coded: Tensor = subclass_8bit.OptimState8bit(codes, scale, values, signed, p.dtype)
     else:
@@ -107,6 +110,7 @@ def worker(kind: str) -> Any:
     """An object of their class that owns no parameter between two steps."""
     from torchao import optim
 
-    made = getattr(optim, kind)([torch.zeros(1)])
+    with unset_fake_temporarily():
+        made = getattr(optim, kind)([torch.zeros(1)])
     made.param_groups = []
     return made

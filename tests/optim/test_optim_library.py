@@ -177,3 +177,19 @@ torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_predicted_step_may_be_the_first_to_use_torchao_and_leaves_nothing_fake_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from optim import ao
+
+    subclass = pytest.importorskip("torchao.optim.subclass_8bit")
+    for cached in (ao.worker, subclass.get_qmap_signed, subclass.get_qmap_unsigned):
+        cached.cache_clear()
+    for mode in (FakeTensorMode(), torch.inference_mode(False)):
+        with mode:
+            p = nn.Parameter(torch.ones(CODED))
+            p.grad = torch.ones_like(p)
+            registry.build(registry.config_class("torchao_adamw_8bit")(), [("w", p)]).step()
+    assert not torch.equal(p, torch.ones(CODED))
