@@ -31,7 +31,7 @@ from trainer.errors import UserError
 from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
-from trainer.precision import int8_matrices, rounding
+from trainer.precision import autocast, int8_matrices, rounding
 from trainer.schema import Config, Dtype
 from trainer.state import seed_all
 
@@ -90,7 +90,8 @@ def try_out(cfg: Config, world: World, model: nn.Module, vocab_size: int) -> Non
     Raises:
         UserError: it mixes the documents of a row.
     """
-    check_documents_apart(model, vocab_size, cfg.data.packing)
+    with autocast(cfg.precision, world.device):  # FSDP2 hands out weights in the dtype that products are made in
+        check_documents_apart(model, vocab_size, cfg.data.packing)
     if world.device.type == "cuda" and cfg.run.deterministic:
         problem = make_deterministic(model, vocab_size)
         if problem and world.leads:
@@ -130,7 +131,6 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         optimizer, engine, in_backward = with_engine(cfg, world, model)
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
-    counted = getattr(optimizer, "inner", None) or optimizer  # a library's is a shell around ours, which has the states
     return Trainable(
         cfg=cfg,
         world=world,
@@ -138,7 +138,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         optimizer=optimizer,
         engine=engine,
         in_backward=in_backward,
-        meter=MemoryMeter(model, counted, world.device, elsewhere=activations.ledger if activations else None),
+        meter=MemoryMeter(model, optimizer, world.device, elsewhere=activations.ledger if activations else None),
         loss=loss,
         activations=activations,
     )

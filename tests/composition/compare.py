@@ -28,6 +28,10 @@ norm of bf16 gradients itself has; a few of fp32."""
 FIRST = {"fp64": 1e-2, "fp32": 1e-5, "bf16": 1e-2, "bf16_pure": 1e-2, "bf16_sr": 1e-2, "int8_sr": 1e-2}
 """Largest relative difference of the first loss and gradient norm; under fp64 that of what drifts in any precision."""
 
+CODE = 2**-8
+"""Activations in 8 bits: a rounding elsewhere may turn a code to its neighbour, this far in its group's largest value.
+The splits of one process, whose first forward is the same bit for bit, hardly show it."""
+
 
 @dataclass
 class Trained:
@@ -112,16 +116,17 @@ def norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor))
 
 
-def limits(precision: str, yardstick: dict[str, float], *, drifts: bool) -> dict[str, float]:
+def limits(precision: str, yardstick: dict[str, float], *, drifts: bool, lossy: bool) -> dict[str, float]:
     """Largest distances allowed; what has no limit is not in it.
 
     Args:
         drifts: whether how a batch is split shows in any precision, so that fp64 is not exact.
+        lossy: whether activations are kept in 8 bits.
     """
     if precision == "fp64" and not drifts:
         return dict.fromkeys(("first loss", "first grad_norm", "loss", "grad_norm", "eval_loss", "weights", "states",
                               "numbers", "tensors"), EXACT)  # fmt: skip
-    least = ROUNDING[precision]
+    least = max(ROUNDING[precision], CODE if lossy else 0.0)
     found = {key: DRIFT * yardstick.get(key, 0.0) + least for key in ("loss", "grad_norm", "eval_loss", "weights")}
     first = FIRST["fp64" if drifts else precision]
     return {**found, "first loss": first, "first grad_norm": first, "tensors": 0.0}

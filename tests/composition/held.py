@@ -19,8 +19,10 @@ def ignored(combination: Combination, found: Trained, reference: Trained) -> lis
     groups = int(combination["replicas"]) if sharded else combination.ranks
     for kind in ("weights", "states"):
         whole, held = alone.between[kind], [each[kind] for each in between]
-        if combination["engine"] != "torch" and kind == "weights":
-            continue  # DeepSpeed keeps weights to compute with beside those it steps
+        if combination["engine"] == "deepspeed":  # keeps weights to compute with beside those it steps, its masters
+            if kind == "weights":
+                continue
+            whole += alone.between["weights"]
         cut = sharded and (kind == "states" or combination["zero"] in ("2", "3"))
         if not cut and max(held) != whole:
             said.append(f"{kind}: {max(held)} bytes on a rank, one process holds {whole}")
@@ -28,15 +30,10 @@ def ignored(combination: Combination, found: Trained, reference: Trained) -> lis
             said.append(f"{kind}: {sum(held)} bytes on all ranks are less than the {groups} x {whole} to be held")
         if cut and sum(held) / groups > whole * 1.01 + SMALL * len(held):
             said.append(f"{kind}: {sum(held)} bytes on all ranks, parallel.zero={combination['zero']} cuts {whole}")
-    saves = combination["activations"] not in ("keep",) and not alone_saves(combination)
-    if saves:
+    whole_weights = combination["zero"] in ("0", "1")  # gathered ones are saved for backward too
+    if whole_weights and combination.reference["activations"] != combination["activations"]:
         rows, rows_alone = combination.micro_batch, combination.reference.micro_batch
         most = max(report.peak["activations"] for report in found.reports) / rows
         if most >= alone.peak["activations"] / rows_alone:
             said.append(f"activations={combination['activations']}: {most:.0f} bytes a row, no fewer than with keep")
     return said
-
-
-def alone_saves(combination: Combination) -> bool:
-    """Whether the reference has the same fate of activations: then there is nothing to compare with."""
-    return combination.reference["activations"] == combination["activations"]

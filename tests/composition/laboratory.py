@@ -71,7 +71,8 @@ class Laboratory:
         except Failed as failed:  # the layout accepts what one process refuses, or the method itself is broken
             return Outcome("crashed", f"its reference ({combination.reference}): {failed}")
         measured = distances(found, reference)
-        allowed = limits(combination["precision"], yardstick, drifts=combination.setting("drifts", False))
+        drifts, lossy = combination.setting("drifts", False), combination["activations"] in ("int8", "fp8")
+        allowed = limits(combination["precision"], yardstick, drifts=drifts, lossy=lossy)
         far = [key for key, value in measured.items() if not value <= allowed.get(key, float("inf"))]
         if far:
             return Outcome("differs", "", measured, allowed)

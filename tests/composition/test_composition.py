@@ -24,14 +24,16 @@ FOUND = [
     Combination.of(ranks=2, clip="previous", in_backward="yes", resume="again"),
     # DeepSpeed's hooks hand on an alias of what the head returns, which was taken for a model that scales its logits
     Combination.of(ranks=2, zero=3, engine="deepspeed", precision="fp32", loss="chunked"),
+    # the trial forward, whether documents are kept apart, ran without autocast over weights gathered in bf16
+    Combination.of(ranks=2, zero=3, precision="bf16", packing="concat"),
 ]
 """Combinations that once went wrong."""
 
 
-@pytest.mark.parametrize("combination", [*Array(strength=1).rows(), *FOUND], ids=str)
-def test_each_value_in_some_combination(laboratory: Laboratory, combination: Combination) -> None:
-    outcome = laboratory.judge(combination)
-    assert outcome.kind == "equal", str(outcome)
+def test_each_value_in_some_combination(laboratory: Laboratory) -> None:
+    rows = [*Array(strength=1).rows(), *FOUND]  # not as parameters: finding them takes seconds at every collection
+    wrong = {row: outcome for row, outcome in run(laboratory, rows, print).items() if outcome.kind != "equal"}
+    assert not wrong, "\n".join(f"{row}: {outcome}" for row, outcome in wrong.items())
 
 
 @pytest.mark.slow
