@@ -5,6 +5,7 @@ Processes start once for each number of ranks and check everything there; each t
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from optim import registry
 from optim.config import Basis, OnRefresh, ProjType, Refresh, States
 from optim.config_library import LibraryConfig
-from parallel.dtensor import local
+from parallel.dtensor import Layout, local
 from tests.optim.sharded import (
     LARGE,
     SMALL,
@@ -444,3 +447,34 @@ def test_under_fsdp_fp64_is_exact_and_fp32_drifts_as_torch_adamw_does():
 
 def test_replicas_of_shards_and_single_parameters_over_another_group():
     holds(4, "other ways")
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_steps_of_shards_run_on_fake_tensors_through_a_refresh(dim):
+    """So that a memory plan can run the real step of one rank among many, without the memory or the others."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        for name, options in [*NAMED, *VARIANTS, *CODED]:
+            cfg = config(name, **options)
+            with FakeTensorMode():
+                module = nn.Module()
+                for key, shape in LARGE.items():
+                    part = nn.Parameter(_part(torch.empty(shape), mesh, dim))
+                    module.register_parameter(f"mlp_{key}", part)
+                optimizer = registry.build(cfg, module.named_parameters())
+                for _ in range(3):
+                    for p in module.parameters():
+                        p.grad = torch.empty_like(p)
+                    optimizer.step()
+                    for state in optimizer.state.values():
+                        state["next_refresh"] = 0
+            assert {state["step"] for state in optimizer.state.values()} <= {1, 3}, name
+    finally:
+        dist.destroy_process_group()
+
+
+def _part(whole, mesh, dim):
+    layout = replace(Layout.of(distribute_tensor(torch.empty(8, 8), mesh, [Shard(dim)], src_data_rank=None)),
+                     shape=tuple(whole.shape))  # fmt: skip
+    return layout.wrap(layout.cut(whole).clone())
