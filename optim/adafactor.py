@@ -137,7 +137,7 @@ def _second(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
 class Adafactor(ComposedOptimizer):
     """Adafactor with a first moment, or without one where `beta1` is 0. With a `rank` in a group: GaLore-Adafactor.
 
-    Further options: `states`, `rounding` and what `optim.compose.SUBSPACE_DEFAULTS` lists.
+    Further options: `states`, `rounding` and what `optim.options.SUBSPACE_DEFAULTS` lists.
     """
 
     rule = AdafactorRule()

@@ -13,8 +13,8 @@ Paper: Zhu et al. 2024, arXiv:2412.05270, algorithm 1.
 from torch import Tensor
 
 from optim.base import Group, State
-from optim.compose import SUBSPACE_DEFAULTS
 from optim.galore import LowRankAdamW
+from optim.options import SUBSPACE_DEFAULTS
 
 SCALE_TYPES = ("channel", "tensor")
 PROJ = {"random": "random", "svd": "svd"}

@@ -21,46 +21,14 @@ from optim.base import Group, MemoryOptimizer, State, read, state_dtype
 from optim.codec import CODECS
 from optim.int8 import rounder
 from optim.lift import LIFTS
+from optim.options import COMPAT, DEFAULTS, ROUNDING, SUBSPACE_DEFAULTS, check_subspace, require_known
 from optim.rounding import Store
 from optim.rules import AdamRule, Rule, Stepped
 from optim.sharded import Job, LocalState, Sums, sum_parts, together
-from optim.subspace import Subspace, check_subspace
+from optim.subspace import Subspace
 from parallel.dtensor import Layout, local
 
 log = logging.getLogger(__name__)
-
-ROUNDING = ("nearest", "stochastic")
-COMPAT = ("torch", "authors")
-DEFAULTS: dict[str, Any] = {"states": "fp32", "rounding": "nearest"}
-"""Options that every optimizer takes."""
-SUBSPACE_DEFAULTS: dict[str, Any] = {
-    "rank": None,
-    "update_proj_gap": 200,
-    "scale": 0.25,
-    "proj_type": "std",
-    "refresh": "warm",
-    "on_refresh": "keep",
-    "basis": "fp32",
-    "stagger": False,
-    "lazy": False,
-    "lazy_threshold": 0.4,
-    "compat": "torch",
-}
-"""Options of those that project:
-
-rank: rank of the subspace; a group without one is not projected.
-update_proj_gap: steps between two refreshes of the basis.
-scale: factor on the projected step; it does not touch the weight decay.
-proj_type: side that is projected, "std", "reverse_std", "left" or "right".
-refresh: how a basis is found: "warm" (eigendecomposition first, warm-started power iteration from then on), "svd",
-    "gram", "randomized" or, for APOLLO, "random".
-on_refresh: what becomes of the moments: "keep"; "sign" and "procrustes" turn the new basis to the old one, "rotate"
-    turns the moments to the new basis, "reset" begins them anew.
-basis: "fp32", or "int4" to keep the basis in half a byte a value.
-stagger: spread the refreshes of different matrices over the gap, by their names.
-lazy: double a matrix's gap while the last five overlaps of its subspaces average `lazy_threshold`.
-compat: "torch", or "authors" for the numerics of the method's own package.
-"""
 
 
 class ComposedOptimizer(MemoryOptimizer):
@@ -97,10 +65,10 @@ class ComposedOptimizer(MemoryOptimizer):
 
     def check_options(self, group: Group) -> None:
         super().check_options(group)
-        _require_known(group, "states", tuple(CODECS))
-        _require_known(group, "rounding", ROUNDING)
+        require_known(group, "states", tuple(CODECS))
+        require_known(group, "rounding", ROUNDING)
         if "compat" in group:
-            _require_known(group, "compat", COMPAT)
+            require_known(group, "compat", COMPAT)
         if group.get("rank") is not None:
             self.check_matrix_options(group)
             self._warn_of_cut_ranks(group)
@@ -258,8 +226,3 @@ class ComposedOptimizer(MemoryOptimizer):
 
 def _projected(shape: Sequence[int], group: Group) -> bool:
     return group.get("rank") is not None and len(shape) == 2
-
-
-def _require_known(group: Group, key: str, known: Sequence[str]) -> None:
-    if group[key] not in known:
-        raise ValueError(f"{key}={group[key]!r}: must be one of {', '.join(known)}")

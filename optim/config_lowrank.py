@@ -108,6 +108,9 @@ class ProjectedConfig(TargetedConfig):
     the new basis (`rotate`); begin anew (`reset`)."""
     basis: Basis = Basis.fp32
     """How a basis is kept; int4 as Q-GaLore, packed two values a byte, groups of 256."""
+    basis_copies: bool = False
+    """parallel.zero above 0: keep the whole basis of a matrix on every rank, r k values, rather than a share of it that
+    is gathered for each step. Where shards cut the projected side each rank has its part of the basis in any case."""
     stagger: bool = False
     """Spread the refreshes of different matrices over the gap, by their names, so that no step makes them all."""
     lazy: bool = False
@@ -153,6 +156,7 @@ class ProjectedConfig(TargetedConfig):
             "refresh": self.refresh.value,
             "on_refresh": self.on_refresh.value,
             "basis": self.basis.value,
+            "basis_copies": self.basis_copies,
             "stagger": self.stagger,
             "lazy": self.lazy,
             "lazy_threshold": self.lazy_threshold,

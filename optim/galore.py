@@ -26,7 +26,7 @@ class LowRankAdamW(ComposedOptimizer):
         weight_decay: decoupled decay; `scale` does not touch it.
         compat: "torch" (eps after the bias correction, decay before the update) or "authors", which follows
             the authors' package step for step: eps before the correction, decay after the update, the solver's signs.
-        options: `states`, `rounding` and what `optim.compose.SUBSPACE_DEFAULTS` lists, as defaults of the groups.
+        options: `states`, `rounding` and what `optim.options.SUBSPACE_DEFAULTS` lists, as defaults of the groups.
     """
 
     def __init__(

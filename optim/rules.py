@@ -124,7 +124,8 @@ class Elementwise(Rule):
             self.update_(params, grads, moments, step, group, **options)
 
     def _step_elsewhere(self, item: Stepped, home: Layout, group: Group, options: dict[str, Any]) -> None:
-        """Step a tensor whose state is sharded otherwise: its gradient goes there and the step comes back."""
+        """Step a tensor whose state is sharded otherwise: its gradient goes there and the step comes back, by which a
+        rank sends what it has of the tensor twice."""
         delta = item.grad.new_zeros(home.local_shape, dtype=state_dtype(item.param.dtype))
         grad = item.layout.move(item.grad, 0)
         substitute = Stepped(delta, grad, item.state, layout=home)

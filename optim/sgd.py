@@ -15,7 +15,7 @@ from optim.rules import SGDRule
 class SGD(ComposedOptimizer):
     """SGD with momentum. Groups with a `rank` are projected where they hold matrices.
 
-    Further options: `states`, `rounding` and what `optim.compose.SUBSPACE_DEFAULTS` lists.
+    Further options: `states`, `rounding` and what `optim.options.SUBSPACE_DEFAULTS` lists.
     """
 
     rule = SGDRule()

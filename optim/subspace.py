@@ -8,9 +8,10 @@ overlaps average above a threshold. The authors compare only the first vector, w
 Of a matrix whose shards keep the projected side whole (right projection of rows, left of columns), R is local, and
 the moments lie as R does. Where the shards cut that side, R is a sum over ranks: reduce-scattered by whole rows (so
 that blocks of codes stay whole), stepped there, and the step gathered. A basis lies as the shards where they cut its
-side; else it is shared out by rows and gathered at each use, so that nothing of the model's size is on every rank.
+side; else it is shared out by rows and gathered at each use, so that nothing of the model's size is on every rank,
+or every rank has a copy (`basis_copies`).
 Values a rank sends for a matrix (m, n) on D ranks, k the projected side, o the other one:
-    step     side whole: r k, the basis (packed if int4);  cut: 2 r o
+    step     side whole: r k, the basis (packed if int4), or with copies nothing;  cut: 2 r o
     refresh  side whole: 2 r k a warm pass, 2 k^2 a Gram matrix, once more r k for the last basis
              cut: the same and m n / D, as one all-to-all first makes the side whole. G is never gathered.
 """
@@ -27,16 +28,13 @@ from torch import Tensor
 from optim.affine import Affine4
 from optim.base import Group, State, read, state_dtype
 from optim.codec import PLAIN, Codec, codec_for
-from optim.projection import METHODS, Side, basis_shape, find_basis, low_shape, project, side_of
+from optim.projection import Side, basis_shape, find_basis, low_shape, project, side_of
 from optim.rounding import keyed_normal, next_seed, seed_of, seeded_normal
-from optim.rules import Moment, Rule
+from optim.rules import Moment
 from optim.sharded import new_tensors
 from optim.warm import sketch_basis, warm_basis
 from parallel.dtensor import Layout
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right")
-REFRESH = (*METHODS, "warm", "randomized", "random")
-ON_REFRESH = ("keep", "sign", "procrustes", "rotate", "reset")
 BASIS: dict[str, Codec] = {"fp32": PLAIN, "int4": Affine4(block=256)}
 
 FALL = 0.9
@@ -77,7 +75,9 @@ class Subspace:
     @property
     def basis_layout(self) -> Layout:
         """Of the basis in the state. Codes have blocks along its rows."""
-        return self.layout.like(self.basis_shape, 1 if self.cut and self.codec.in_place else 0)
+        if self.cut and self.codec.in_place:
+            return self.layout.like(self.basis_shape, 1)
+        return self.layout.like(self.basis_shape, None if self.group.get("basis_copies") else 0)
 
     @property
     def basis_shape(self) -> tuple[int, int]:
@@ -262,38 +262,3 @@ def _peak(grad: Tensor) -> Tensor:
     if not grad.numel():
         return grad.new_zeros(())
     return torch.maximum(grad.amax(), -grad.amin()).nan_to_num_(nan=math.inf, posinf=math.inf)
-
-
-def check_subspace(group: Group, lift: str, rule: Rule) -> None:
-    """Raise ValueError if a group's options of projection make no sense, alone or together."""
-    for key, known in (
-        ("proj_type", PROJ_TYPES),
-        ("refresh", REFRESH),
-        ("on_refresh", ON_REFRESH),
-        ("basis", tuple(BASIS)),
-    ):
-        if group[key] not in known:
-            raise ValueError(f"{key}={group[key]!r}: must be one of {', '.join(known)}")
-    for key in ("rank", "update_proj_gap"):
-        if not isinstance(group[key], int) or group[key] < 1:
-            raise ValueError(f"{key}={group[key]!r}: must be a whole number of at least 1")
-    if not 0 < group["scale"] < math.inf:
-        raise ValueError(f"scale={group['scale']}: must be a finite number above 0; 0.25 is usual")
-    if group["refresh"] == "random":
-        if lift not in ("channel", "tensor"):
-            raise ValueError(
-                "refresh='random': a random basis only measures gradients; turning a step back needs an orthonormal "
-                "one. Use refresh='warm', or APOLLO."
-            )
-        if group["on_refresh"] not in ("keep", "reset"):
-            raise ValueError(
-                f"on_refresh={group['on_refresh']!r} with refresh='random': a new random basis has nothing to do with "
-                "the old one; use 'keep' or 'reset'"
-            )
-        if group["lazy"]:
-            raise ValueError("lazy=True with refresh='random': random bases do not settle; use lazy=False")
-    if group["on_refresh"] == "rotate" and not rule.turns:
-        raise ValueError(
-            f"on_refresh='rotate': the factored moments of {type(rule).__name__} cannot be turned; use 'keep', 'sign', "
-            "'procrustes' or 'reset'"
-        )

@@ -128,6 +128,11 @@ def shard_problems(cfg: Config, ranks: int) -> list[str]:
             f"parallel.replicas={parallel.replicas}: does not split {ranks} ranks into groups of two or more; use "
             + (f"parallel.replicas={' or '.join(map(str, fitting))}" if ranks > 1 else "torchrun to start several")
         )
+    if getattr(cfg.optim, "basis_copies", False) and not parallel.zero:
+        found.append(
+            "optim.basis_copies=true: has no effect with parallel.zero=0, where every rank has every basis; leave it "
+            "out, or use parallel.zero=1, 2 or 3"
+        )
     if parallel.zero and cfg.optim.in_backward:
         found.append(
             f"optim.in_backward=true: needs whole gradients in its hooks, so parallel.zero={parallel.zero} is not "

@@ -48,6 +48,7 @@ VARIANTS = [
     *(("galore", {"on_refresh": on}) for on in OnRefresh if on is not OnRefresh.keep),
     ("galore", {"lazy": True, "lazy_threshold": 0.01, "update_proj_gap": 2, "stagger": True}),
     ("galore", {"proj_type": ProjType.reverse_std, "refresh": Refresh.randomized, "on_refresh": OnRefresh.rotate}),
+    ("galore", {"basis_copies": True, "on_refresh": OnRefresh.procrustes}),
     ("fira", {"proj_type": ProjType.reverse_std}),
     ("apollo", {"refresh": Refresh.warm, "proj_type": ProjType.left}),
     ("apollo", {"proj_type": ProjType.right}),
@@ -63,6 +64,7 @@ CODED = [
     ("adafactor", {"states": States.int8}),
     ("galore", {"states": States.int8, "rank": 70, "basis": Basis.int4, "on_refresh": OnRefresh.rotate}),
     ("galore", {"states": States.int4, "rank": 70, "basis": Basis.int4, "proj_type": ProjType.reverse_std}),
+    ("galore", {"rank": 70, "basis": Basis.int4, "basis_copies": True}),
     ("galore_adafactor", {"states": States.int8, "rank": 70, "proj_type": ProjType.left}),
     ("fira", {"states": States.fp8, "rank": 70}),
     ("apollo", {"states": States.int8, "rank": 70, "proj_type": ProjType.left}),
@@ -215,40 +217,35 @@ def _not_finite(count, mesh):
 def _sent(count, mesh):
     """Values sent in a step and in a refresh against the formulas; numbers alone apart."""
     wrong = []
-    m, n, r = 48, 24, 4
-    for name, options in [
-        ("adamw", {}), ("adamw_8bit", {}), ("sgd", {}), ("adafactor", {}), ("galore", {}), ("galore_8bit", {}),
-        ("apollo", {}), ("apollo_mini", {}), ("fira", {}), ("cosmos", {}),
-    ]:  # fmt: skip
-        for shape in ((m, n), (n, m)):
-            for dim in (0, 1):
-                r = 1 if name == "apollo_mini" else 4
-                module = nn.Module()
-                module.register_parameter("mlp", nn.Parameter(torch.ones(shape)))
-                module = shard(module, mesh, dim)
-                cfg = config(
-                    name, **options | ({} if name in ("adamw", "adamw_8bit", "sgd", "adafactor") else {"rank": r})
-                )
-                optimizer = registry.build(cfg, module.named_parameters())
-                optimizer.check_finite = False
-                for step in range(8):  # the basis is found at 0 and again at 7, warm, as the gradient stays
-                    set_gradients(module, 0)
-                    with Counted() as counted:
-                        optimizer.step()
-                    kind = {0: "first", 7: "refresh"}.get(step, "step")
-                    expected = _formula(name, shape, dim, r, count, kind)
-                    label = f"{name} {shape} Shard({dim}) on {count}, {kind} {step}"
-                    if counted.values != expected:
-                        wrong.append(f"{label}: {counted.values} values, not {expected}: {counted.calls}")
-                    if counted.numbers > 10 or counted.largest >= m * n:
-                        wrong.append(f"{label}: {counted.calls}")
+    m, n = 48, 24
+    for name in ("adamw", "sgd", "adafactor", "galore", "copies", "apollo", "apollo_mini", "fira", "cosmos"):
+        r = 1 if name == "apollo_mini" else 4
+        options = {} if name in ("adamw", "sgd", "adafactor") else {"rank": r}
+        cfg = config("galore", basis_copies=True, **options) if name == "copies" else config(name, **options)
+        for shape, dim in [((m, n), 0), ((m, n), 1), ((n, m), 0), ((n, m), 1)]:
+            module = nn.Module()
+            module.register_parameter("mlp", nn.Parameter(torch.ones(shape)))
+            module = shard(module, mesh, dim)
+            optimizer = registry.build(cfg, module.named_parameters())
+            optimizer.check_finite = False
+            for step in range(8):  # the basis is found at 0 and again at 7, warm, as the gradient stays
+                set_gradients(module, 0)
+                with Counted() as counted:
+                    optimizer.step()
+                kind = {0: "first", 7: "refresh"}.get(step, "step")
+                expected = _formula(name, shape, dim, r, count, kind)
+                label = f"{name} {shape} Shard({dim}) on {count}, {kind} {step}"
+                if counted.values != expected:
+                    wrong.append(f"{label}: {counted.values} values, not {expected}: {counted.calls}")
+                if counted.numbers > 10 or counted.largest >= m * n:
+                    wrong.append(f"{label}: {counted.calls}")
     return wrong
 
 
 def _formula(name, shape, dim, r, count, kind):
     """Values a rank sends: an all-reduce of x is 2 x, a gather or scatter of x is x, an exchange what the rank has."""
     m, n = shape
-    if name in ("adamw", "adamw_8bit", "sgd"):
+    if name in ("adamw", "sgd"):
         return 0
     if name == "adafactor":
         return 2 * (n if dim == 0 else m)
@@ -260,13 +257,12 @@ def _formula(name, shape, dim, r, count, kind):
     if name == "cosmos":
         found = 2 * k * k if kind == "first" else 2 * r * k
         return ranks * k + found + 2 * r * r + 10 * k * k + 2 * exchange
+    basis = r * k if cut else 0 if name == "copies" else ranks * k
     low = ranks * o if m < n else r * o
-    step = low if cut else ranks * k
-    if cut:
-        step += {"apollo": 6 * o, "apollo_mini": 0, "fira": low + 6 * o}.get(name, low)
+    step = low + {"apollo": 6 * o, "apollo_mini": 0, "fira": low + 6 * o}.get(name, low) if cut else basis
     if kind == "step" or name.startswith("apollo"):
         return step
-    return step + exchange + (2 * k * k if kind == "first" else (r if cut else ranks) * k + 2 * r * k)
+    return step + exchange + (2 * k * k if kind == "first" else basis + 2 * r * k)
 
 
 class _Model(nn.Module):

@@ -177,3 +177,10 @@ def test_the_machine_is_held_against_the_configuration(monkeypatch: pytest.Monke
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 ranks on this machine: it has 1 CUDA devices"):
         check.check_hardware(cfg)
+
+
+def test_copies_of_a_basis_are_refused_where_nothing_is_sharded():
+    options = ["optim=galore", "optim.basis_copies=true"]
+    with pytest.raises(UserError, match="optim.basis_copies=true: has no effect with parallel.zero=0.*parallel.zero=1"):
+        load(options)
+    load([*options, "parallel.zero=1"])
