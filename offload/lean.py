@@ -11,6 +11,7 @@ In units of one bf16 hidden state, with r = MLP width / hidden and k = key heads
 stands in for first, and does not stand in where results differ. Forward has the same bits; `swiglu` in backward too.
 """
 
+import copy
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -105,10 +106,11 @@ def make_lean(model: nn.Module) -> dict[str, int]:
 
 def lean_norm(module: Any) -> bool:
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    weight: Tensor = module.weight
-    probe = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
+    weight = torch.linspace(0.5, 1.5, module.weight.numel(), dtype=module.weight.dtype, device="cpu")
+    probe = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device="cpu")[None]
+    twin = twin_of(module, _parameters={"weight": nn.Parameter(weight)})
     with torch.no_grad():
-        expected = module(probe)
+        expected = twin(probe)
         for plus_one in (False, True):
             if same(rms_norm(probe, weight, eps, plus_one), expected):
                 module.forward = MethodType(
@@ -119,8 +121,7 @@ def lean_norm(module: Any) -> bool:
 
 
 def lean_mlp(module: Any) -> bool:
-    first: Tensor = module.gate_proj.weight
-    kind = activation_of(module.act_fn, first)
+    kind = activation_of(module.act_fn)
     if kind is None:
         return False
 
@@ -128,19 +129,29 @@ def lean_mlp(module: Any) -> bool:
         out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), kind))
         return out
 
-    probe = torch.linspace(-1, 1, first.shape[1], dtype=first.dtype, device=first.device)[None]
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        small = {"gate_proj": nn.Linear(4, 8), "up_proj": nn.Linear(4, 8), "down_proj": nn.Linear(8, 4)}
+        probe = torch.linspace(-1, 1, 4)[None]
+    twin = twin_of(module, _modules=module._modules | small)
     with torch.no_grad():
-        if not same(forward(module, probe), module(probe)):
+        if not same(forward(twin, probe), twin(probe)):
             return False
     module.forward = MethodType(forward, module)
     return True
 
 
-def activation_of(function: Any, like: Tensor) -> str | None:
+def twin_of(module: nn.Module, **replaced: Any) -> Any:
+    """A module of the same code and other contents, small and on the CPU: the module's own may have no storage yet."""
+    twin = copy.copy(module)
+    twin.__dict__.update(replaced)
+    if "forward" in twin.__dict__:  # put in place of the class's, and bound to the original
+        twin.forward = MethodType(twin.forward.__func__, twin)  # type: ignore[attr-defined]
+    return twin
+
+
+def activation_of(function: Any) -> str | None:
     """Return the name of an activation we know the derivative of, found by what it computes."""
-    probe = torch.linspace(-4, 4, 64, dtype=torch.float32, device=like.device)
-    if isinstance(like, FakeTensor):  # which computes nothing to compare; all of them hold as much
-        return "silu"
+    probe = torch.linspace(-4, 4, 64, device="cpu")
     with torch.no_grad():
         return next((kind for kind, (known, _) in ACTIVATIONS.items() if same(known(probe), function(probe))), None)
 
