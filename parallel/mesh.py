@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -85,6 +86,6 @@ def share_of(world: World, cfg: ParallelConfig) -> Share | None:
 def make_grid(world: World, cfg: ParallelConfig) -> Grid:
     """Arrange the ranks. Every rank calls it."""
     shards = world.process_count // cfg.replicas
-    if cfg.replicas == 1:
-        return Grid(init_device_mesh(world.device.type, (shards,), mesh_dim_names=(SHARD,)))
-    return Grid(init_device_mesh(world.device.type, (cfg.replicas, shards), mesh_dim_names=(REPLICATE, SHARD)))
+    shape, names = ((shards,), (SHARD,)) if cfg.replicas == 1 else ((cfg.replicas, shards), (REPLICATE, SHARD))
+    with unset_fake_temporarily():  # a mesh reads its own tensor of ranks
+        return Grid(init_device_mesh(world.device.type, shape, mesh_dim_names=names))

@@ -1,8 +1,13 @@
 """A process group of any size in one process, for what depends on the group's size and not on what others send."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.config import ParallelConfig
 
 
 class Ended(dist.Work):
@@ -36,3 +41,26 @@ class PretendedGroup(dist.ProcessGroup):
 
     def getBackendName(self) -> str:
         return "pretended"
+
+
+@contextmanager
+def pretended_ranks(cfg: ParallelConfig, count: int) -> Iterator[None]:
+    """Be rank 0 of `count` for what asks torch's default group, as meshes do; where nothing is sharded, do nothing.
+
+    Collectives end at once and leave their tensors as they were.
+
+    Raises:
+        RuntimeError: this process belongs to a real group, beside which torch allows no other default.
+    """
+    if cfg.zero == 0 or count == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise RuntimeError("ranks that share shards cannot be pretended among real ones; use `stowage plan`")
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # torch has it in its tests alone
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

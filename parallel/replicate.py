@@ -32,18 +32,27 @@ class Replicas(Spread):
 
     def __init__(self, model: nn.Module, world: World, cfg: ParallelConfig) -> None:
         super().__init__(model)
+        self._world, self._bucket_mib = world, cfg.bucket_mib
         # DDP would send weights made of others (codes and scales) by their values, and round them again.
         coded = any(is_traceable_wrapper_subclass(p) for p in model.parameters())
         if coded:
             send_weights(model, world)
+        self._wrap(agree=not (coded or is_fake(model)))
+
+    def renew(self) -> None:
+        self._wrap(agree=False)
+
+    def _wrap(self, *, agree: bool) -> None:
+        """Make the buckets; `agree` takes over rank 0's weights."""
+        world = self._world
         wrapped = DistributedDataParallel(
-            model,
+            self.owner,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             **{BUFFER_SYNC: False},  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
-            bucket_cap_mb=cfg.bucket_mib,
+            bucket_cap_mb=self._bucket_mib,
             process_group=world.gradients,
-            init_sync=not (coded or is_fake(model)),
+            init_sync=agree,
         )
         wrapped.register_comm_hook(world.gradients, sum_gradients)
         self.model: DistributedDataParallel = wrapped

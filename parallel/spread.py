@@ -28,6 +28,9 @@ class Spread:
         """The module that has the parameters."""
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+    def renew(self) -> None:
+        """Make anew what torch makes anew after a first step, as it does by itself where there are other ranks."""
+
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """What the optimizer steps, by the model's own names: plain parameters, or DTensors of rows."""
         return self.owner.named_parameters()

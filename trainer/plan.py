@@ -5,8 +5,9 @@ engine of a real run are built, the `train_step` of a real run is taken, and the
 technique is predicted without a new formula, and on CPU the prediction is the measurement, byte for byte. No data is
 read, nothing is downloaded, and no memory of the predicted size is needed.
 
-Of several ranks one is predicted. It runs torch's own DDP in a group without other members, so the buckets, the
-gradients that are views of them, and the separate gradients of micro-steps that do not exchange any, are DDP's.
+Of several ranks one is predicted, the first, which holds the largest shards. It runs torch's own DDP and FSDP2 in a
+group without other members, so the buckets, the gradients that are views of them, the separate gradients of
+micro-steps that do not exchange any, and what is gathered and freed when, are theirs.
 
 What a real run may do otherwise:
 - the mask between packed documents is always made; a real micro-batch whose rows are one document each has none;
@@ -35,8 +36,8 @@ from offload.pool import TierFull
 from optim import registry
 from parallel.config import EngineName
 from parallel.launch import World
-from parallel.pretended import PretendedGroup
-from trainer.build import Trainable, make_trainable, place
+from parallel.pretended import PretendedGroup, pretended_ranks
+from trainer.build import Trainable, make_trainable
 from trainer.data.batch import Batch, StepBatch
 from trainer.data.files import local_path
 from trainer.data.hub import go_offline
@@ -100,7 +101,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
     world = World(process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None)
     from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
     weights, int8 = cfg.precision.weights, int8_matrices(cfg)
-    with undisturbed(device), FakeTensorMode():
+    with undisturbed(device), pretended_ranks(cfg.parallel, ranks), FakeTensorMode():
         model = build_model(from_scratch, deepcopy(config), weights=weights, int8=int8, device=device, seed=cfg.seed)
         trainable = make_trainable(cfg, world, model)
         elsewhere = trainable.activations.ledger if trainable.activations else None
@@ -109,8 +110,9 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         try:
             first = count(trainable, 0)
             # Real DDP makes its buckets anew, in the order gradients came, before its second step. It cannot do so
-            # here, where it would tell other ranks; made anew with the engine, they are as large.
-            trainable = replace(trainable, engine=TorchEngine(place(cfg, world, model), trainable.optimizer))
+            # here, where it would tell other ranks; made anew by hand, they are as large.
+            assert isinstance(trainable.engine, TorchEngine)
+            trainable.engine.spread.renew()
             steady = count(trainable, 1)
         except TierFull as error:
             raise UserError(f"{error}. Give it more, or use activations.when_full=keep.") from error

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optim.schedule import scale_rates
@@ -24,8 +24,12 @@ class TorchEngine:
 
     def __init__(self, spread: Spread, optimizer: Optimizer) -> None:
         self.spread = spread
-        self.model = spread.model
         self.optimizer = optimizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, or torch's wrapper around it."""
+        return self.spread.model
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Return the context of one micro-step; `last` is that of the step."""

@@ -50,7 +50,8 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.records: list[Record] = []
         self._model, self._optimizer, self._device = model, optimizer, device
         self._parameters = list(model.parameters())  # walking the modules takes longer than looking at the tensors
-        self._fake_mode = getattr(next(iter(self._parameters), None), "fake_mode", None)
+        first = next((plain for p in self._parameters for plain in plain_tensors(p)), None)
+        self._fake_mode = getattr(first, "fake_mode", None)
         self._known: dict[int, Record] = {}
         # Storages are freed on any thread, between any two instructions: the two lists take notice with one atomic
         # append, and the next sample works them off.
