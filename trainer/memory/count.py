@@ -106,6 +106,8 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         born = self.now if func is aten.lift_fresh.default else 0
         for arg in args:
             if isinstance(arg, Tensor):
+                if func is aten.copy_.default and not self._knows(arg):
+                    continue  # scratch memory of a gloo collective, whose kernel copies by way of the dispatcher
                 self._see(arg, born)
             elif isinstance(arg, list | tuple):
                 for item in arg:
@@ -135,6 +137,13 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 record.died = self.now
             if self._known.get(record.address) is record:
                 del self._known[record.address]
+
+    def _knows(self, tensor: Tensor) -> bool:
+        """Whether a tensor's storage has been seen, or cannot be."""
+        try:
+            return id(tensor.untyped_storage()) in self._known
+        except (NotImplementedError, RuntimeError):
+            return True
 
     def _see(self, tensor: Tensor, born: int) -> Record | None:
         """The record of `tensor`'s storage, made as born at sample `born` if there is none; None if off the device."""
