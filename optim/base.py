@@ -10,6 +10,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -45,6 +46,10 @@ class MemoryOptimizer(torch.optim.Optimizer):
     check_finite = True
     """Whether an update looks for non-finite gradients itself, which reads from the device once a matrix. A loop that
     has looked already, as ours does at the global norm, sets it to False."""
+
+    shard_group: dist.ProcessGroup | None = None
+    """Process group for what the ranks that share a parameter tell each other, where it must not be the mesh's own:
+    in hooks that run while that is busy with gradients. It has the same ranks in the same order."""
 
     def __init__(self, params: Any, defaults: Group) -> None:
         self.reduced: dict[Tensor, Tensor] = {}

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -47,9 +46,6 @@ class ComposedOptimizer(MemoryOptimizer):
     choices: dict[str, Any] = SUBSPACE_DEFAULTS
     """Options of the class beyond DEFAULTS, with what it chooses where the user does not."""
     skipped: int = 0
-    shard_group: dist.ProcessGroup | None = None
-    """Process group for what the ranks that share a parameter tell each other, where it must not be the mesh's own:
-    in hooks that run while that is busy with gradients. It has the same ranks in the same order."""
 
     def __init__(self, params: Any, defaults: Group, options: Group) -> None:
         known = DEFAULTS | self.choices

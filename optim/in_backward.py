@@ -17,6 +17,9 @@ Several replicas: no DDP and no buckets. Each hook sums its own gradient over th
 all the step needs, asynchronously and in one order on all ranks. A parameter that no rank used steps with a gradient
 of zero there, while a process alone leaves it as it is.
 
+Shards (FSDP2): the hooks run after the reduce-scatter, at every micro-step that makes one, and step this rank's part;
+norms are sums over the ranks, of one number a parameter, in the order in which FSDP2 reduces.
+
 Clipping (`clip_by`), as the global norm is not known before the last gradient is:
     parameter   each gradient is scaled down to `clip_norm` by its own norm
     previous    all are scaled as the global norm of the step before asks; at the first step as `parameter`
@@ -37,9 +40,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from optim.base import MemoryOptimizer, read, state_dtype
 from parallel.collectives import from_leader
+from parallel.dtensor import Layout, local
 from parallel.launch import World
 
 SUMMING = 2
@@ -64,10 +69,10 @@ class Found:
 
 
 class Norm:
-    """The norm of a gradient on its way to the host."""
+    """The norm of a gradient on its way to the host; of shards, that of the whole, by a sum over `layout`'s ranks."""
 
-    def __init__(self, values: Tensor) -> None:
-        self._scalar = torch.linalg.vector_norm(values, dtype=state_dtype(values.dtype))
+    def __init__(self, values: Tensor, layout: Layout) -> None:
+        self._scalar = layout.norms(values, dtype=state_dtype(values.dtype)).squeeze(0)
         self._copied: torch.cuda.Event | None = None
         if values.is_cuda and not is_pretended(values):
             self._scalar = torch.empty_like(self._scalar, device="cpu", pin_memory=True).copy_(
@@ -89,7 +94,7 @@ class Flying:
 
     p: Tensor
     values: Tensor
-    """`p.grad`, or R."""
+    """`p.grad`, or R; this rank's part."""
     whole: bool
     work: dist.Work | None
     norm: Norm | None = None
@@ -102,7 +107,7 @@ class InBackward:
 
     Args:
         optimizer: it must see every trainable parameter.
-        world: whose ranks are replicas, each with gradients of its own rows.
+        world: its ranks are replicas, each with gradients of its own rows, unless the parameters are DTensors.
         clip_norm: 0 does not clip.
     """
 
@@ -118,8 +123,12 @@ class InBackward:
         self.previous: float | None = None
         """Global norm of the last step, where `previous` needs it; belongs into a checkpoint."""
         self._world = world or World()
+        shard_group = getattr(optimizer, "shard_group", None)
         self._clip_norm, self._clip_by = clip_norm, clip_by
         self._group_of = {p: g for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+        self._layouts = {p: Layout.of(p, shard_group) for p in self._group_of}
+        sharded = any(isinstance(p, DTensor) for p in self._group_of)
+        self._sums = self._world.process_count > 1 and not sharded
         self._order = list(reversed(self._group_of))
         self._ordered = False
         self._pass: Literal["keep", "measure", "update"] | None = None
@@ -144,8 +153,8 @@ class InBackward:
         projected = whole = 0
         for p, group in self._group_of.items():
             low = None if self.needs_whole else self.optimizer.reduced_bytes(p, group)
-            projected += low or 0
-            whole += p.nbytes if low is None else 0
+            projected += (low or 0) // self._layouts[p].count
+            whole += local(p).nbytes if low is None else 0
         return projected, whole
 
     @contextmanager
@@ -212,7 +221,7 @@ class InBackward:
                 "first. Reentrant activation checkpointing does so; use use_reentrant=False."
             )
         self._arrived[p] = None
-        if self._world.process_count == 1:
+        if not self._sums:
             self._take(p)
             return
         while self._taken < len(self._order) and self._order[self._taken] in self._arrived:
@@ -222,16 +231,16 @@ class InBackward:
     def _take(self, p: Tensor) -> None:
         """Send one complete gradient on its way, and end the way of those before it."""
         self.optimizer.refuse_sparse([p])
-        alone = self._world.process_count == 1
         # With the whole gradient at hand and nobody to send it to, its norm is known and the step projects by itself.
-        low = self._pass == "update" and self.accumulates_low(p) and not (alone and p not in self.optimizer.reduced)
+        low = self._pass == "update" and self.accumulates_low(p) and (self._sums or p in self.optimizer.reduced)
         if low and p.grad is not None:
             self.optimizer.reduce_(p, self._group_of[p])
         values = self.optimizer.reduced[p] if low else p.grad
         assert values is not None
-        work = None if alone else dist.all_reduce(values, group=self._world.gradients, async_op=True)
+        values = local(values)
+        work = dist.all_reduce(values, group=self._world.gradients, async_op=True) if self._sums else None
         self._flying.append(Flying(p, values, not low, work))
-        self._advance(0 if alone else SUMMING, READING if values.is_cuda else 0)
+        self._advance(SUMMING if self._sums else 0, READING if values.is_cuda else 0)
 
     def _advance(self, summing: int, reading: int) -> None:
         """Leave at most so many gradients at each stage."""
@@ -239,7 +248,7 @@ class InBackward:
             if flying.norm is None:
                 if flying.work is not None:
                     flying.work.wait()
-                flying.norm = Norm(flying.values)
+                flying.norm = Norm(flying.values, self._layouts[flying.p])
         while len(self._flying) > summing + reading:
             self._settle(self._flying.popleft())
 
@@ -270,17 +279,16 @@ class InBackward:
     @torch.no_grad()
     def _finish(self) -> None:
         """End what is still on its way: also of parameters that only earlier micro-steps, or other ranks, have used."""
-        alone = self._world.process_count == 1
         self._advance(0, 0)
-        for p in self._group_of if alone else self._order[self._taken :]:
+        for p in self._order[self._taken :] if self._sums else self._group_of:
             if p.grad is not None or p in self.optimizer.reduced:
                 self._take(p)
-            elif not alone:
+            elif self._sums:
                 p.grad = torch.zeros_like(p)
                 self._take(p)
         self._advance(0, 0)
         self._found.norm = math.sqrt(self._squares) if self._known else None
-        if not alone and not self._ordered:
+        if self._sums and not self._ordered:
             self._agree_on_order()
 
     def _agree_on_order(self) -> None:

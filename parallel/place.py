@@ -32,10 +32,8 @@ def spread(
     """
     if world.process_count == 1:
         return Spread(model)
-    if in_backward:
-        return SameWeights(model, world)
     if cfg.zero == 0:
-        return Replicas(model, world, cfg)
+        return SameWeights(model, world) if in_backward else Replicas(model, world, cfg)
     grid = make_grid(world, cfg)
     if cfg.zero == 1:
         return RowStates(model, world, cfg, grid)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -106,6 +107,8 @@ def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, 
     in_backward = None
     if cfg.optim.in_backward:
         clip_by = cfg.train.clip_by.value
+        if cfg.parallel.zero > 1 and world.process_count > 1 and world.gradients is None:
+            optimizer.shard_group = dist.new_group()  # FSDP2 keeps its own busy while the hooks run
         in_backward = InBackward(optimizer, world, clip_norm=cfg.train.clip_norm, clip_by=clip_by)
     return optimizer, TorchEngine(spread, optimizer), in_backward
 

@@ -133,10 +133,14 @@ def shard_problems(cfg: Config, ranks: int) -> list[str]:
             "optim.basis_copies=true: has no effect with parallel.zero=0, where every rank has every basis; leave it "
             "out, or use parallel.zero=1, 2 or 3"
         )
-    if parallel.zero and cfg.optim.in_backward:
+    if cfg.optim.in_backward and parallel.zero == 1:
         found.append(
-            f"optim.in_backward=true: needs whole gradients in its hooks, so parallel.zero={parallel.zero} is not "
-            "available with it; use parallel.zero=0, or optim.in_backward=false"
+            "optim.in_backward=true: with parallel.zero=1 gradients are summed in DDP's buckets, which free none in "
+            "backward; use parallel.zero=0, 2 or 3"
+        )
+    if cfg.optim.in_backward and parallel.replicas > 1:
+        found.append(
+            f"optim.in_backward=true: is not available with parallel.replicas={parallel.replicas}; use replicas=1"
         )
     return found
 

@@ -12,6 +12,7 @@ from optim.base import read
 from optim.in_backward import InBackward
 from optim.schedule import multiplier, scale_rates
 from parallel.collectives import any_rank
+from parallel.shard import reshard
 from trainer.build import Trainable
 from trainer.data.batch import Batch, StepBatch
 from trainer.memory import format_bytes
@@ -119,22 +120,25 @@ def step_in_backward(built: Trainable, updates: InBackward, batch: StepBatch, st
     targets = max(batch.targets, 1)
     total = torch.zeros((), device=device)
     for micro in batch.micros[:-1]:
-        loss = forward(built, to_device(micro, device), targets)
-        with updates.keep():
-            backward(built, loss)
+        with built.engine.accumulating(last=False):
+            loss = forward(built, to_device(micro, device), targets)
+            with updates.keep():
+                backward(built, loss)
         total = total + loss.detach()
     last = to_device(batch.micros[-1], device)
-    measured = measured_norm(built, updates, last, targets) if cfg.train.clip_by is ClipBy["two_pass"] else None
-    loss = forward(built, last, targets)
-    total = total + loss.detach()
-    unsound = not (math.isfinite(measured or 0.0) and math.isfinite(read(total, usual=1.0)))
-    unsound_anywhere, stop = any_rank(built.world, int(unsound), stop)
-    if unsound_anywhere:
-        updates.drop()
-        return Stepped(total, measured, False, stop)
-    scale_rates(built.optimizer, multiplier(cfg.schedule, step, cfg.train.steps))
-    with updates.update() as found:
-        backward(built, loss)
+    with built.engine.accumulating(last=True):
+        measured = measured_norm(built, updates, last, targets) if cfg.train.clip_by is ClipBy["two_pass"] else None
+        loss = forward(built, last, targets)
+        total = total + loss.detach()
+        unsound = not (math.isfinite(measured or 0.0) and math.isfinite(read(total, usual=1.0)))
+        unsound_anywhere, stop = any_rank(built.world, int(unsound), stop)
+        if unsound_anywhere:
+            updates.drop()
+            reshard(built.model)  # no backward does it
+            return Stepped(total, measured, False, stop)
+        scale_rates(built.optimizer, multiplier(cfg.schedule, step, cfg.train.steps))
+        with updates.update() as found:
+            backward(built, loss)
     norm = found.norm if measured is None else measured
     return Stepped(total, norm, not found.left_out, stop, tuple(found.left_out))
 
