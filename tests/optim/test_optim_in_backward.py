@@ -16,7 +16,7 @@ from tests.optim.in_backward_model import Net, build, distance, loss_of, numbers
 STEPS = range(5)  # through a refresh at 0 and 3
 OURS = [name for name in registry.names() if not issubclass(registry.config_class(name), LibraryConfig)]
 LIBRARIES = [name for name in registry.names() if name not in OURS]
-LINEAR = ["galore", "galore_8bit", "galore_adafactor"]
+LINEAR = ["galore", "galore_8bit", "galore_adafactor", "qgalore"]
 
 
 def in_backward(
