@@ -134,6 +134,7 @@ def on_this_rank() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_rank_is_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what real ranks tell each other on the host: flags, and in which order gradients come."""
     real = on_ranks(2, on_this_rank)
