@@ -38,3 +38,18 @@ def spread(
     if cfg.zero == 1:
         return RowStates(model, world, cfg, grid)
     return Shards(model, blocks, ends, cfg, grid, compute)
+
+
+CUT = {1: "states", 2: "states, gradients and, between steps, weights", 3: "states, gradients and weights"}
+
+
+def spread_text(world: World, cfg: ParallelConfig) -> str | None:
+    """Say what is cut over which ranks; None where nothing was asked to be."""
+    if cfg.zero == 0:
+        return None
+    if world.process_count == 1:
+        return f"parallel.zero={cfg.zero}: one process has nobody to share with, and holds everything"
+    shards = world.process_count // cfg.replicas
+    times = f", {cfg.replicas} times" if cfg.replicas > 1 else ""
+    by = "DDP, rows gathered after each step" if cfg.zero == 1 else "FSDP2"
+    return f"parallel.zero={cfg.zero}: {CUT[cfg.zero]} cut in rows over {shards} ranks{times} ({by})"

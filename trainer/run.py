@@ -11,7 +11,9 @@ from offload.config import Fate
 from offload.pool import TierFull, TierLost
 from optim.describe import uncoded
 from parallel.collectives import gather_objects
+from parallel.config import EngineName
 from parallel.launch import RanksMissing, World, connected
+from parallel.place import spread_text
 from parallel.watch import RankLost, Watch
 from trainer.build import Built, build
 from trainer.checkpoint.checkpoint import Checkpoint
@@ -80,6 +82,9 @@ def run_watched(cfg: Config) -> Result:
             )
         )
         watch.phase = "loading a checkpoint"
+        laid_out = spread_text(world, cfg.parallel) if cfg.parallel.engine is EngineName.torch else None
+        if laid_out:
+            recorder.notice(laid_out)
         training = begin(built, store, recorder, stop, checkpoint)
         watch.where = training.place
         tell_uncoded(built, recorder)

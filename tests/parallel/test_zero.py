@@ -5,7 +5,12 @@ import warnings
 import pytest
 import torch
 
-from tests.parallel.sharded import TORCH, Outcome, on_each_rank, train_each
+from parallel.config import ParallelConfig
+from parallel.launch import World
+from parallel.place import spread_text
+from tests.parallel.sharded import BASE, TORCH, Outcome, on_each_rank, train_each
+from trainer.cli.compose import load
+from trainer.errors import UserError
 
 STAGES = [f"parallel.zero={zero}" for zero in range(4)]
 VARIANTS = {
@@ -93,3 +98,30 @@ def test_one_process_has_nothing_to_shard(alone: dict[str, Outcome]) -> None:
         warnings.simplefilter("error")
         (found,) = train_each([["parallel.zero=3"]], steps=2)
     assert found.losses == alone["plain"].losses[:2]
+
+
+@pytest.mark.parametrize(
+    "overrides, ranks, message",
+    [
+        (["parallel.zero=4"], 1, r"parallel\.zero=4: must be 0, 1, 2 or 3"),
+        (["parallel.zero=0", "parallel.replicas=2"], 1, r"parallel\.replicas=2: has no effect with parallel\.zero=0"),
+        (["parallel.zero=1", "parallel.accumulate=sharded"], 1, r"accumulate=sharded.*use parallel\.zero=2 or 3"),
+        (["parallel.zero=3", "parallel.replicas=3"], 4, r"replicas=3: does not split 4 ranks.*replicas=1 or 2"),
+        (["parallel.zero=3", "parallel.replicas=4"], 4, r"replicas=4: does not split 4 ranks.*replicas=1 or 2"),
+        (["parallel.zero=3", "parallel.replicas=2"], 1, r"replicas=2.*torchrun to start several"),
+    ],
+    ids=str,
+)
+def test_what_would_have_no_effect_is_refused(
+    overrides: list[str], ranks: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(UserError, match=message):
+        load([*BASE, *overrides])
+
+
+def test_a_run_says_what_is_cut_over_which_ranks() -> None:
+    assert spread_text(World(), ParallelConfig()) is None
+    assert "nobody to share with" in str(spread_text(World(), ParallelConfig(zero=3)))
+    text = str(spread_text(World(process_count=4), ParallelConfig(zero=3, replicas=2)))
+    assert "weights cut in rows over 2 ranks, 2 times (FSDP2)" in text
