@@ -20,6 +20,14 @@ OPTIMIZERS = {
     "cosmos": ["optim=cosmos", "optim.rank=8"],  # measures norms over matrices
 }
 STAGES = (1, 2, 3)
+ZERO = "deepspeed.zero_optimization"
+PASSED_THROUGH = (
+    (1, ["deepspeed.gradient_predivide_factor=2.0", f"{ZERO}.reduce_bucket_size=900", f"{ZERO}.reduce_scatter=false"]),
+    (2, [f"{ZERO}.overlap_comm=true", f"{ZERO}.contiguous_gradients=false"]),
+    (2, [f"{ZERO}.offload_optimizer.device=cpu"]),
+    (3, [f"{ZERO}.sub_group_size=3000", f"{ZERO}.reduce_scatter=false", f"{ZERO}.stage3_max_live_parameters=100"]),
+    (3, [f"{ZERO}.offload_optimizer.device=cpu", f"{ZERO}.offload_param.device=cpu"]),
+)
 HALF, END = 3, 6
 LARGE_MICRO = "train.micro_batch=6"
 """One micro-step instead of six."""
@@ -52,6 +60,8 @@ def on_two(folder: Path) -> dict[str, Any]:
                 run(optimizer, f"zero{stage}", deepspeed(stage))
                 run(optimizer, f"zero{stage}_from_torch", [*deepspeed(stage), LARGE_MICRO], HALF, "torch")
             run(optimizer, "torch_from_zero3", [], HALF, "zero3")
+        for number, (stage, keys) in enumerate(PASSED_THROUGH):
+            run("galore_8bit", f"zero{stage}_with_keys_{number}", [*deepspeed(stage), *keys])
         run("adamw", "zero1_from_zero3", deepspeed(1), HALF, "zero3")
         for name, overrides in {"torch": [], **{f"zero{stage}": deepspeed(stage) for stage in STAGES}}.items():
             history[f"poisoned/{name}"] = poisoned(world, tiny.trainable(world, [*OPTIMIZERS["adamw"], *overrides]))
@@ -102,14 +112,19 @@ def difference(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
     return max(float((found[k] - wanted[k]).abs().max()) for k in wanted if k.startswith("model/"))
 
 
+@pytest.mark.slow
 def test_every_stage_rank_count_and_resume_ends_where_torch_ends(trained: tuple[Path, dict[str, Any]]) -> None:
     """fp32, 6 steps, clipped: sums in another order, so 1e-5."""
     folder, history = trained
     wanted = {optimizer: tiny.saved(folder / optimizer / "torch", END)[0] for optimizer in OPTIMIZERS}
     found = {name: difference(tiny.saved(folder / name, END)[0], wanted[name.split("/")[0]]) for name in runs(history)}
-    assert len(found) == 12 * len(OPTIMIZERS) + 1 and {name: d for name, d in found.items() if not d < 1e-5} == {}
+    assert (
+        len(found) == 12 * len(OPTIMIZERS) + 1 + len(PASSED_THROUGH)
+        and {name: d for name, d in found.items() if not d < 1e-5} == {}
+    )
 
 
+@pytest.mark.slow
 def test_the_reported_loss_and_norm_are_the_true_ones(trained: tuple[Path, dict[str, Any]]) -> None:
     _, history = trained
     for optimizer in OPTIMIZERS:
@@ -121,6 +136,7 @@ def test_the_reported_loss_and_norm_are_the_true_ones(trained: tuple[Path, dict[
                 assert [s[1] for s in steps] == pytest.approx(norms[-len(steps) :], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_same_after_another_engine_stage_and_rank_count(
     trained: tuple[Path, dict[str, Any]],
 ) -> None:
@@ -135,6 +151,7 @@ def test_a_checkpoint_is_the_same_after_another_engine_stage_and_rank_count(
         assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == [], name
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(trained: tuple[Path, dict[str, Any]]) -> None:
     _, history = trained
     for stage in STAGES:
@@ -142,6 +159,19 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(trained: tuple
         assert [applied for *_, applied in steps] == [True, False, True]
         first, _, last = history["poisoned/torch"]
         assert (steps[0][:2], steps[2][:2]) == (pytest.approx(first[:2], rel=1e-4), pytest.approx(last[:2], rel=1e-4))
+
+
+def run_after_run() -> list[list[tuple[float, float, bool]]]:
+    found = []
+    for _ in range(2):
+        with connected(load([*tiny.MODEL, *deepspeed(3)]).parallel, "cpu", 1) as world:
+            found.append(tiny.train(world, tiny.trainable(world, ["optim=adamw", *deepspeed(3)]), range(2)))
+    return found
+
+
+def test_a_process_can_run_deepspeed_again_as_a_sweep_does() -> None:
+    first, second = on_ranks(1, run_after_run)[0]
+    assert first == second
 
 
 REFUSED = {
@@ -157,10 +187,12 @@ REFUSED = {
     "deepspeed.train_batch_size=7": "contradicts train.global_batch, by which it is 12",
     "deepspeed.optimizer.type=Adam": "is decided here by optim=NAME",
     "deepspeed.wandb.enabled=true": "is decided here by track=wandb",
-    "deepspeed.zero_optimisation.stage=2": "is not passed through; known are zero_optimization",
-    "deepspeed.zero_optimization.zero_quantized_gradients=true": "would not train what the torch engine trains",
-    "deepspeed.zero_optimization.offload_optimizer.device=gpu": "must be cpu, nvme or none",
-    "parallel.engine=torch deepspeed.prescale_gradients=true": "has no effect with parallel.engine=torch",
+    "deepspeed.zero_optimisation.stage=2": "is not passed through; known are zero_optimization.reduce",
+    "deepspeed.zero_optimization.zero_quantized_gradients=true": "is not passed through",
+    "deepspeed.zero_optimization.round_robin_gradients=true": "is not passed through",
+    "deepspeed.zero_optimization.offload_optimizer.device=gpu": "must be cpu or none",
+    "deepspeed.zero_optimization.offload_optimizer.device=nvme": "must be cpu or none; the disk",
+    "parallel.engine=torch deepspeed.dump_state=true": "has no effect with parallel.engine=torch",
 }
 
 

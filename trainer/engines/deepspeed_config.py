@@ -51,9 +51,23 @@ SECTIONS_OF_OURS = {
 """Sections that would do what an option of ours does, and that option."""
 
 PASSED = (
-    "zero_optimization",
-    "aio",
-    "prescale_gradients",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.pin_memory",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.pin_memory",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_model_persistence_threshold",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
     "gradient_predivide_factor",
     "steps_per_print",
     "wall_clock_breakdown",
@@ -62,20 +76,9 @@ PASSED = (
     "comms_logger",
     "flops_profiler",
 )
-"""Sections and keys of DeepSpeed that are passed through as they are."""
-
-UNEQUAL = {
-    "zero_optimization.zenflow": "updates a part of the weights late",
-    "zero_optimization.zero_quantized_gradients": "rounds the gradients",
-    "zero_optimization.zero_quantized_weights": "rounds the weights",
-    "zero_optimization.mics_shard_size": "shards over a part of the ranks",
-    "zero_optimization.zero_hpz_partition_size": "shards over a part of the ranks",
-    "zero_optimization.offload_optimizer.super_offload": "steps before all gradients are there",
-    "zero_optimization.offload_optimizer.ratio": "steps a part of the weights with another optimizer",
-    "zero_optimization.legacy_stage1": "is of DeepSpeed before 0.5",
-    "zero_optimization.compute_grad_norm": "leaves non-finite gradients unseen",
-}
-"""Keys that change what a step computes, or that our checkpoint cannot look through."""
+"""Keys and sections of DeepSpeed that are passed through: known not to change what a step computes, nor where a
+partition lies. (`round_robin_gradients` and `parameter_alignment` do the latter, quantised or late updates the former.)
+"""
 
 
 def generated(cfg: "Config", ranks: int) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def offloaded_to(cfg: "Config") -> str | None:
-    """Where the user puts the optimizer: `cpu`, `nvme`, or nowhere else."""
+    """Device the user moves the optimizer to, as written; None for none."""
     section = cfg.deepspeed.get("zero_optimization", {})
     offload = section.get("offload_optimizer", {}) if isinstance(section, Mapping) else {}
     device = offload.get("device") if isinstance(offload, Mapping) else None
@@ -199,21 +202,19 @@ def key_problem(key: str, value: Any, own: Mapping[str, Any]) -> str | None:
         return contradicts if own.get(key) != value else None
     if section in SECTIONS_OF_OURS:
         return f"{asked}: is decided here by {SECTIONS_OF_OURS[section]}; use that"
-    if section not in PASSED:
-        return f"{asked}: is not passed through; known are {', '.join(PASSED)}"
-    why = next((why for other, why in UNEQUAL.items() if f"{key}.".startswith(f"{other}.")), None)
-    return f"{asked}: {why}, so it would not train what the torch engine trains; leave it out" if why else None
+    if not any(f"{key}.".startswith(f"{passed}.") for passed in PASSED):
+        same = [passed for passed in PASSED if passed.partition(".")[0] == section] or PASSED
+        return f"{asked}: is not passed through; known are {', '.join(same)}"
+    return None
 
 
 def offload_problems(cfg: "Config") -> list[str]:
-    """An optimizer on the host is DeepSpeed's CPU Adam, or any of ours where it steps whole matrices."""
-    device = offloaded_to(cfg)
-    asked = f"deepspeed.zero_optimization.offload_optimizer.device={device}"
-    if device not in (None, "cpu", "nvme"):
-        return [f"{asked}: must be cpu, nvme or none"]
-    if device == "nvme" and (cfg.parallel.zero != 3 or cfg.optim.name != "adamw" or not elementwise(cfg)):
-        return [
-            f"{asked}: DeepSpeed swaps fp32 AdamW at parallel.zero=3 alone; use optim=adamw parallel.zero=3, "
-            "or device=cpu"
-        ]
-    return []
+    """Optimizer and parameters may lie on the host. What DeepSpeed swaps to disk are whole flat partitions, in which
+    neither our optimizers nor our checkpoints can look at single parameters."""
+    places = {key: value for key, value in leaves(cfg.deepspeed) if key.endswith(".device")}
+    return [
+        f"deepspeed.{key}={value}: must be cpu or none"
+        + ("; the disk is not available here" if value == "nvme" else "")
+        for key, value in places.items()
+        if value not in ("cpu", "none")
+    ]

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from optim.schedule import scale_rates
@@ -153,7 +154,18 @@ def quiet_deepspeed(world: World) -> Any:
 
     # Of inference; it would be compiled at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    forget_ended_groups()
     # Among its warnings is one of untested optimizers, at every start; ours is tested, in tests/parallel.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     return deepspeed
+
+
+def forget_ended_groups() -> None:
+    """Let DeepSpeed make its groups anew where those it remembers went with an earlier run of this process."""
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    remembered = groups._WORLD_GROUP
+    if remembered is not None and remembered not in dist.distributed_c10d._world.pg_map:
+        comm.cdb = groups._WORLD_GROUP = groups._DATA_PARALLEL_GROUP = None
