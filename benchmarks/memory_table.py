@@ -44,7 +44,9 @@ What the papers leave out, or count otherwise:
   GB in bf16 for 60M to 7B, twice that in fp32. The papers' GaLore and APOLLO columns omit or undercount them:
   APOLLO-Mini's 0.0 GB at 7B is 0.006 GB for the matrices and 1.05 GB for the rest. Above, `matrices` and
   `rest` keep the two apart.
-- **The basis.** APOLLO's tables count moments alone; its code keeps the random basis too. Ours does as well, in fp32.
+- **The basis.** APOLLO's tables count moments alone; its code keeps the random basis too. Ours does as well, in fp32;
+  with `optim.basis=regenerate` it is drawn again at each step, and the papers' formula 2b nr holds, with
+  4 bytes more.
 - **GB and GiB** are mixed in the GaLore tables; the small models' row cannot be reproduced to better than about 20 %.
 - **bf16 moments** stand still where b2 = 0.999 asks for changes below bf16's resolution; our default is fp32. int8 or
   fp8 moments take less than bf16 and follow.

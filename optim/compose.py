@@ -119,7 +119,7 @@ class ComposedOptimizer(MemoryOptimizer):
         """Step one projected matrix. Returns False, with nothing written, if its gradient is not finite."""
         state, subspace = item.state, Subspace(item.layout.shape, group, item.layout)
         low = self._refresh(item.grad, state, subspace, name) if subspace.due(state) else None
-        basis = subspace.basis(state, state_dtype(item.param.dtype))
+        basis = subspace.basis(state, state_dtype(item.param.dtype), name)
         if low is None:
             low = subspace.project(item.grad, basis)
         # One non-finite element of G makes at least one of R non-finite (0 times inf is NaN), and R is smaller.

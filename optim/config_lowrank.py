@@ -45,6 +45,7 @@ class Basis(Enum):
 
     fp32 = "fp32"
     int4 = "int4"
+    regenerate = "regenerate"
 
 
 class ScaleType(Enum):
@@ -107,7 +108,8 @@ class ProjectedConfig(TargetedConfig):
     """What becomes of the moments: `keep` them; turn the new basis to the old one (`sign`, `procrustes`); turn them to
     the new basis (`rotate`); begin anew (`reset`)."""
     basis: Basis = Basis.fp32
-    """How a basis is kept; int4 as Q-GaLore, packed two values a byte, groups of 256."""
+    """How a basis is kept: fp32; int4 as Q-GaLore, packed two values a byte, groups of 256; regenerate, for APOLLO's
+    random one: not at all, it is drawn again at each step (on the CPU, 5 ns or so a value)."""
     basis_copies: bool = False
     """parallel.zero above 0: keep the whole basis of a matrix on every rank, r k values, rather than a share of it that
     is gathered for each step. Where shards cut the projected side each rank has its part of the basis in any case."""
@@ -132,10 +134,21 @@ class ProjectedConfig(TargetedConfig):
     def combination_problems(self) -> list[str]:
         """Options that fit each by itself and not together."""
         if self.refresh is not Refresh.random:
-            return []
+            return self.regenerate_problems()
         return [
             "optim.refresh=random: a random basis only measures gradients (optim=apollo); turning a step back needs an "
             "orthonormal one; use optim.refresh=warm"
+        ]
+
+    def regenerate_problems(self) -> list[str]:
+        if self.basis is not Basis.regenerate:
+            return []
+        if self.refresh is Refresh.random:
+            useless = "optim.basis_copies=true: optim.basis=regenerate keeps no basis to copy; leave one out"
+            return [useless] if self.basis_copies else []
+        return [
+            f"optim.basis=regenerate: a basis of optim.refresh={self.refresh.value} follows gradients and cannot be "
+            "drawn again; use optim.basis=fp32, or optim=apollo with optim.refresh=random"
         ]
 
     def compat_problems(self, refresh: str) -> list[str]:
@@ -221,9 +234,9 @@ class ApolloConfig(ProjectedConfig, AdamWConfig):
     def combination_problems(self) -> list[str]:
         if self.compat is Compat.authors:
             return self.compat_problems("svd" if self.refresh is Refresh.svd else "random")
+        found = self.regenerate_problems()
         if self.refresh is not Refresh.random:
-            return []
-        found = []
+            return found
         if self.on_refresh not in (OnRefresh.keep, OnRefresh.reset):
             found.append(
                 f"optim.on_refresh={self.on_refresh.value}: a new random basis has nothing to do with the old one; use "

@@ -40,7 +40,8 @@ refresh: how a basis is found: "warm" (eigendecomposition first, warm-started po
     "gram", "randomized" or, for APOLLO, "random".
 on_refresh: what becomes of the moments: "keep"; "sign" and "procrustes" turn the new basis to the old one, "rotate"
     turns the moments to the new basis, "reset" begins them anew.
-basis: "fp32", or "int4" to keep the basis in half a byte a value.
+basis: "fp32"; "int4" to keep the basis in half a byte a value; "regenerate", for APOLLO's random one, to draw it again
+    at each step and keep none.
 basis_copies: of a sharded matrix, keep the whole basis on every rank rather than gather it for each step.
 stagger: spread the refreshes of different matrices over the gap, by their names.
 lazy: double a matrix's gap while the last five overlaps of its subspaces average `lazy_threshold`.
@@ -76,6 +77,14 @@ def check_subspace(group: Group, lift: str, rule: Rule) -> None:
             )
         if group["lazy"]:
             raise ValueError("lazy=True with refresh='random': random bases do not settle; use lazy=False")
+    if group["basis"] == "regenerate":
+        if group["refresh"] != "random" or group["compat"] == "authors":
+            raise ValueError(
+                "basis='regenerate': only a random basis can be drawn again (APOLLO with refresh='random' and "
+                "compat='torch'); use basis='fp32'"
+            )
+        if group["basis_copies"]:
+            raise ValueError("basis_copies=True with basis='regenerate': there is no basis to copy; leave one out")
     if group["on_refresh"] == "rotate" and not rule.turns:
         raise ValueError(
             f"on_refresh='rotate': the factored moments of {type(rule).__name__} cannot be turned; use 'keep', 'sign', "

@@ -1,7 +1,8 @@
 """A matrix's subspace through time: when its basis is replaced, by what, and what becomes of the moments then.
 
-State: `basis` (r, k), fp32 or packed to 4 bits; numbers `captured` (share of the gradient's energy in a fresh basis),
-`overlap` (|Q_new Q_old^T|^2 / r, 1 for the same span), `refreshes` and `next_refresh` (a count of steps).
+State: `basis` (r, k), fp32 or packed to 4 bits (a random one may be drawn at each use instead of kept); numbers
+`captured` (share of the gradient's energy in a fresh basis), `overlap` (|Q_new Q_old^T|^2 / r, 1 for the same span),
+`refreshes` and `next_refresh` (a count of steps).
 Lazy refreshes as in Q-GaLore (Zhang et al. 2024, arXiv:2407.08296, section 3.2): the gap doubles while the last five
 overlaps average above a threshold. The authors compare only the first vector, whose sign is arbitrary.
 
@@ -35,7 +36,7 @@ from optim.sharded import new_tensors
 from optim.warm import sketch_basis, warm_basis
 from parallel.dtensor import Layout
 
-BASIS: dict[str, Codec] = {"fp32": PLAIN, "int4": Affine4(block=256)}
+BASIS: dict[str, Codec] = {"fp32": PLAIN, "int4": Affine4(block=256), "regenerate": PLAIN}
 
 FALL = 0.9
 """A warm basis that captures less than this share of what the last one did is searched for anew."""
@@ -88,6 +89,11 @@ class Subspace:
         return low_shape(self.shape, self.group["rank"], self.side)
 
     @property
+    def regenerated(self) -> bool:
+        """Whether the basis is drawn again at each use, from the name and the number of the refresh, and not kept."""
+        return self.group.get("basis") == "regenerate"
+
+    @property
     def codec(self) -> Codec:
         return BASIS[self.group.get("basis", "fp32")]
 
@@ -96,16 +102,24 @@ class Subspace:
         state: dict[str, Any] = {"captured": 0.0, "overlap": 0.0, "refreshes": 0, "next_refresh": 0}
         if self.group["lazy"]:
             state |= {"gap": self.group["update_proj_gap"], "overlaps": like.new_zeros(QUEUE, dtype=torch.float32)}
+        if self.regenerated:
+            return state
         new = partial(self.codec.new, "basis", wide=state_dtype(like.dtype))
         return state | new_tensors(new, like, self.basis_layout)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the tensors of `new_state` for weights of `dtype`."""
         queue = 4 * QUEUE if self.group.get("lazy") else 0
+        if self.regenerated:
+            return queue
         return self.codec.nbytes(self.basis_shape, state_dtype(dtype)) + queue
 
-    def basis(self, state: State, dtype: torch.dtype) -> Tensor:
-        """(r, k) in `dtype`; for the part of the side that this rank's shard has."""
+    def basis(self, state: State, dtype: torch.dtype, name: str = "") -> Tensor:
+        """(r, k) in `dtype`; for the part of the side that this rank's shard has. A drawn one needs the `name`."""
+        if self.regenerated:
+            like = state["growth"].new_empty((), dtype=dtype)
+            drawn = self.drawn(like, name, state["refreshes"] - 1)
+            return drawn[:, self.layout.mine] if self.cut else drawn
         if self.basis_layout.dim == 1:
             return self.codec.read(state, "basis", slice(None), dtype, signed=True)
         whole = self.whole_basis(state, dtype)
@@ -119,6 +133,10 @@ class Subspace:
                 shape = (self.basis_shape[0], self.basis_shape[1] if self.basis_layout.dim == 1 else part.shape[1])
                 held[key] = self.layout.like(shape, self.basis_layout.dim).gather(part)
         return self.codec.read(held, "basis", slice(None), dtype, signed=True)[:, : self.basis_shape[1]]
+
+    def drawn(self, like: Tensor, name: str, count: int) -> Tensor:
+        """The random basis of refresh number `count`, entries N(0, 1/r), with the dtype and device of `like`."""
+        return keyed_normal(self.basis_shape, like, name, count).mul_(self.basis_shape[0] ** -0.5)
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """R of this rank's part of the gradient, laid out as `low`."""
@@ -150,6 +168,9 @@ class Subspace:
             if state["refreshes"]:
                 self._schedule(state, name)
             return None
+        if self.regenerated:
+            self._settle(state, None, 0.0, name)
+            return None
         dtype = state_dtype(grad.dtype)
         # Squares of a very small or very large gradient leave fp32's range.
         wide = dtype if random or 1e-12 < peak < 1e12 else torch.float64
@@ -167,12 +188,13 @@ class Subspace:
         self._settle(state, new, captured, name)
         return low if new is found and wide == dtype and self.codec.in_place and not self.cut else None
 
-    def _settle(self, state: State, new: Tensor, captured: float, name: str) -> None:
-        part = self.basis_layout.cut(new)
-        if self.codec.in_place:
-            state["basis"].copy_(part)
-        else:
-            self.codec.write(state, "basis", slice(None), part, signed=True)
+    def _settle(self, state: State, new: Tensor | None, captured: float, name: str) -> None:
+        if new is not None:
+            part = self.basis_layout.cut(new)
+            if self.codec.in_place:
+                state["basis"].copy_(part)
+            else:
+                self.codec.write(state, "basis", slice(None), part, signed=True)
         state["captured"] = captured
         if self.group["on_refresh"] == "reset" and state["refreshes"]:
             state["step"] = 0
@@ -207,7 +229,7 @@ class Subspace:
                 drawn = seeded_normal((r, k) if self.side == "right" else (k, r), grad, state["seed"])
                 state["seed"] = next_seed(state["seed"])
                 return (drawn if self.side == "right" else drawn.T).to(wide) / math.sqrt(r), 0.0, None
-            return keyed_normal((r, k), grad.new_empty((), dtype=wide), name, count).mul_(r**-0.5), 0.0, None
+            return self.drawn(grad.new_empty((), dtype=wide), name, count), 0.0, None
         if method == "warm" and old is not None:
             new = warm_basis(grad, old, self.side, over)
             captured, low = self._captured(grad, over, new)

@@ -221,3 +221,28 @@ def test_bf16_weights_take_the_fp32_step_rounded_once(cls, shape, monkeypatch):
         assert (p.float() - wide.bfloat16().float()).abs().max() <= 2.0**-7 * wide.abs().max()
         wide.data.copy_(p.data)
     assert first.state[p]["growth"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [APOLLO, APOLLOMini])
+def test_a_basis_drawn_again_at_each_step_gives_the_same_weights_and_takes_no_bytes(cls, dtype):
+    ends = []
+    for basis in ("fp32", "regenerate"):
+        p = torch.nn.Parameter(torch.ones(24, 40, dtype=dtype))
+        q = torch.nn.Parameter(torch.ones(40, 24, dtype=dtype))
+        optimizer = cls([{"params": [("p", p), ("q", q)], "rank": 3, "update_proj_gap": 3}], lr=1e-2, basis=basis)
+        for step in range(8):
+            for each in (p, q):
+                each.grad = torch.randn(each.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+            optimizer.step()
+        ends.append((p.detach(), q.detach()))
+        held = sum(v.nbytes for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
+        group = optimizer.param_groups[0]
+        assert held == cls.state_bytes(p.shape, group, dtype) == 4 * (2 * 40 * 3 + 1) + 4 * 3 * 24 * (basis == "fp32")
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"refresh": "warm"}, {"compat": "authors"}, {"basis_copies": True}], ids=str)
+def test_only_a_basis_drawn_by_name_can_be_drawn_again(options):
+    with pytest.raises(ValueError, match="only a random basis can be drawn again|there is no basis to copy"):
+        APOLLO([{"params": [torch.nn.Parameter(torch.ones(4, 4))], "rank": 2}], basis="regenerate", **options)

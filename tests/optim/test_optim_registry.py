@@ -58,6 +58,8 @@ def variants():
             yield name, {"basis": Basis.int4, "rank": 64, "states": States.int8}
             if "apollo" not in name:
                 yield name, {"lazy": True}
+            else:
+                yield name, {"basis": Basis.regenerate}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -211,6 +213,8 @@ def test_config_problems_name_option_and_value(options, shown):
         ("galore_8bit", {"compat": Compat.authors, "refresh": Refresh.svd}, "optim.compat=authors: .*states=fp32"),
         ("galore", {"lazy_threshold": 1.5}, "optim.lazy_threshold=1.5"),
         ("galore_adafactor", {"on_refresh": OnRefresh.rotate}, "optim.on_refresh=rotate: factored moments"),
+        ("galore", {"basis": Basis.regenerate}, "optim.basis=regenerate: a basis of optim.refresh=warm follows"),
+        ("apollo", {"basis": Basis.regenerate, "refresh": Refresh.warm}, "optim.basis=regenerate: .*optim=apollo"),
         ("galore_adafactor", {"rank": 0}, "optim.rank=0"),
         ("apollo", {"on_refresh": OnRefresh.sign}, "optim.on_refresh=sign: a new random basis"),
         ("apollo", {"lazy": True}, "optim.lazy=true: random bases do not settle"),

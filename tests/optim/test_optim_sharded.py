@@ -53,6 +53,7 @@ VARIANTS = [
     ("apollo", {"refresh": Refresh.warm, "proj_type": ProjType.left}),
     ("apollo", {"proj_type": ProjType.right}),
     ("apollo_mini", {"proj_type": ProjType.reverse_std}),
+    ("apollo", {"proj_type": ProjType.left, "basis": Basis.regenerate}),
     ("galore_adafactor", {"proj_type": ProjType.left}),
     ("adafactor", {"beta1": 0.0}),
     ("cosmos", {"rank": 8}),

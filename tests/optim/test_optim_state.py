@@ -60,6 +60,7 @@ RESUMED = [
     ("galore", {"on_refresh": OnRefresh.reset}),
     ("apollo", {"refresh": Refresh.warm, "on_refresh": OnRefresh.procrustes}),
     ("apollo", {"compat": Compat.authors}),
+    ("apollo", {"basis": Basis.regenerate}),
 ]
 
 
