@@ -452,7 +452,7 @@ def test_steps_of_shards_run_on_fake_tensors_through_a_refresh(dim):
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     try:
         mesh = init_device_mesh("cpu", (4,))
-        for name, options in [*NAMED, *VARIANTS, *CODED]:
+        for name, options in [*NAMED, *CODED[-6:]]:
             cfg = config(name, **options)
             with FakeTensorMode():
                 module = nn.Module()
