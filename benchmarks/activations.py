@@ -10,7 +10,6 @@ show what the bookkeeping and the copies cost, not what an accelerator would hid
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.report import print_table, spread, write_result
+from benchmarks.report import now, print_table, spread, write_result
 from offload.config import ActivationsConfig, Fate
-from parallel.launch import World, cpu_threads
+from parallel.launch import World
 from trainer.adapt import manage_activations
 from trainer.loss.config import LossConfig
 from trainer.loss.head import HeadLoss
@@ -79,11 +78,11 @@ def gradient_error(arm: Arm, expected: list[Tensor]) -> float:
 
 def measure(rows: int, length: int, rounds: int) -> dict[str, object]:
     """Compare all arms."""
-    torch.set_num_threads(cpu_threads(1))
+    torch.set_num_threads(1)  # times are of the processor, and threads that wait for each other spin
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, max_position_embeddings=length,
     )  # fmt: skip
     origin: nn.Module = LlamaForCausalLM(sizes).to(device, torch.bfloat16).train()
@@ -107,9 +106,9 @@ def measure(rows: int, length: int, rounds: int) -> dict[str, object]:
         }
     for _ in range(rounds):
         for name, arm in arms.items():
-            began = time.perf_counter()
+            began = now(device)
             arm.step(ids)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(now(device) - began)
     times = {
         name: spread([t / k for t, k in zip(taken, seconds["keep"], strict=True)]) for name, taken in seconds.items()
     }

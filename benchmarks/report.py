@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ def circumstances() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def now(device: torch.device) -> float:
+    """Seconds: of the wall on CUDA, once its work is done; of this process's cores on CPU, which others may share."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from trainer.data import IGNORE
 
-LEAST_ROWS = 256
+LEAST_ROWS = 128
 """Fewer rows at a time would make products too thin to be quick."""
 
 

@@ -30,7 +30,7 @@ class LossConfig:
     package cut-cross-entropy, the package liger-kernel (CUDA)."""
     chunk_rows: int | None = None
     """Rows (tokens) whose logits exist at once; default: as many as make them about as large as the hidden states, but
-    at least 256."""
+    at least 128."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the vocabulary, in [0, 1). Evaluation has none of it."""
     z_loss: float = 0.0
