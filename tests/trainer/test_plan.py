@@ -272,19 +272,22 @@ def test_many_micro_steps_take_no_longer_than_three(monkeypatch: pytest.MonkeyPa
     assert at_rest.by_kind["workspace"] > 3 * 8 * 512 * 32  # the rows of all 512 are there nonetheless
 
 
+IN_BACKWARD = "optim.in_backward=true train.clip_by=parameter"
+
+
 def test_other_choices_are_those_that_differ_most_promising_first() -> None:
     cfg = load(SMALL)
     peak = Peak(30, {"weights": 4, "gradients": 4, "states": 20, "activations": 1, "workspace": 1}, "step", 0)
     found = alternatives(cfg, peak)
     assert list(found) == [
-        "optim=adamw", "optim=adamw_8bit", "optim=apollo_mini", "precision=bf16_pure", "train.micro_batch=2",
-        "activations=recompute", "activations=host", "activations=fp8", "precision=bf16",
+        "optim=adamw", "optim=adamw_8bit", "optim=apollo_mini", "precision=bf16_pure", IN_BACKWARD,
+        "train.micro_batch=2", "activations=recompute", "activations=host", "activations=fp8", "precision=bf16",
     ]  # fmt: skip
     assert found["train.micro_batch=2"] == replace(cfg, train=replace(cfg.train, micro_batch=2))
     done = load([*SMALL, "train.micro_batch=1", "precision=bf16_pure", "activations=recompute", "optim=adamw"])
-    assert list(alternatives(done, peak)) == ["optim=galore", "optim=adamw_8bit", "optim=apollo_mini"]
+    assert list(alternatives(done, peak)) == ["optim=galore", "optim=adamw_8bit", "optim=apollo_mini", IN_BACKWARD]
     for override, changed in alternatives(cfg, peak).items():
-        chosen = load([*SMALL, override])
+        chosen = load([*SMALL, *override.split()])
         assert changed == replace(chosen, optim=changed.optim)
 
 
