@@ -1,18 +1,36 @@
-"""A checkpoint as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens."""
+"""A checkpoint as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
 
+Whatever the ranks, ZeRO stage and engine it was saved by, one process writes it and holds no model: weights lie in
+files mapped into memory, which the system writes out and drops as it needs, and one shard of the result at a time is
+put together.
+"""
+
+import math
 import os
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor, nn
 
-from optim.int8_model import dequantize_weights
+from optim.int8 import PARTS
+from optim.int8_grid import decode
 from parallel.launch import World
+from trainer.checkpoint.checkpoint import Checkpoint, TensorInfo
 from trainer.cli.compose import load_saved
+from trainer.data.tokenizer import vocabulary_size
 from trainer.errors import UserError
-from trainer.finished import load_model, open_checkpoint, open_run
+from trainer.finished import load_tokenizer, open_checkpoint, open_run
+from trainer.folder import RunFolder
+from trainer.model import build_model, model_config
+from trainer.precision import int8_matrices
+from trainer.schema import Config, Dtype, Initial
+
+SHARD = "2GB"
+"""Most bytes of weights in one file of the result, which are in memory while it is written."""
 
 
 def export_run(run: Path, target: Path, step: int | None) -> Path:
@@ -29,15 +47,15 @@ def export_run(run: Path, target: Path, step: int | None) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already and is not an empty folder. Give a new folder to export to.")
     checkpoint = open_checkpoint(folder, step, World())
-    model, tokenizer = load_model(load_saved(folder.config), folder, checkpoint, torch.device("cpu"))
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    mapped = aside.with_name(f"{aside.name}.mapped")
     transformers.utils.logging.disable_progress_bar()
     try:
-        aside.mkdir(parents=True)
-        dequantize_weights(model)
+        mapped.mkdir(parents=True)
+        model = model_in_files(load_saved(folder.config), folder, checkpoint, mapped)
         model.config.use_cache = True  # type: ignore[union-attr]  # switched off for training only
-        model.save_pretrained(aside)  # type: ignore[operator]
-        tokenizer.save_pretrained(aside)
+        model.save_pretrained(aside, max_shard_size=SHARD)  # type: ignore[operator]
+        load_tokenizer(folder).save_pretrained(aside)
         os.replace(aside, target)
     except OSError as error:
         raise UserError(
@@ -45,6 +63,43 @@ def export_run(run: Path, target: Path, step: int | None) -> Path:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(mapped, ignore_errors=True)
     print(f"exported step {checkpoint.step} of {run} to {target}")
     print(f'  AutoModelForCausalLM.from_pretrained("{target}")')
     return target
+
+
+def model_in_files(cfg: Config, folder: RunFolder, checkpoint: Checkpoint, mapped: Path) -> nn.Module:
+    """Return the run's model with the checkpoint's weights, each in a file in `mapped`. It cannot run: buffers that
+    no checkpoint holds, such as rotary frequencies, have no values."""
+    tokenizer = load_tokenizer(folder)
+    drawn = replace(cfg.model, weights=Initial.random)
+    config = model_config(drawn, tokenizer, vocabulary_size(tokenizer))
+    # fp64 is a matter of the weights alone; widening a model would compute with it
+    weights = Dtype.fp32 if cfg.precision.weights is Dtype.fp64 else cfg.precision.weights
+    model = build_model(drawn, config, weights=weights, device=torch.device("meta"), seed=0)
+    saved = {name: info for name, info in checkpoint.names().items() if name.startswith("model/")}
+    held = {name: in_file(mapped / str(place), info) for place, (name, info) in enumerate(saved.items())}
+    checkpoint.load(held, leave=("*",))
+    int8 = int8_matrices(cfg)
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:  # tied
+            continue
+        seen.add(id(tensor))
+        found = held.pop(f"model/{name}", None)
+        if found is None:
+            assert int8 is not None, f"{name} is not in the checkpoint"
+            codes, scale, low = (held.pop(f"model/{name}/{part}") for part in PARTS)
+            found = in_file(mapped / name, TensorInfo(tuple(tensor.shape), tensor.dtype))
+            decode(codes, scale, low, int8.group, found)
+        own = nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
+        torch.utils.swap_tensors(tensor, own)  # type: ignore[no-untyped-call]  # in place, so that what is tied stays tied
+    return model
+
+
+def in_file(path: Path, info: TensorInfo) -> Tensor:
+    """A tensor of zeros in a new file, mapped into memory."""
+    count = math.prod(info.shape)
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=info.dtype.itemsize * max(count, 1))
+    return torch.empty(0, dtype=info.dtype).set_(storage)[:count].view(info.shape)  # type: ignore[arg-type]

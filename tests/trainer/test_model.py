@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers
 
-from trainer.cli.compose import load
+from parallel.launch import World
+from trainer.cli.compose import load, load_saved
 from trainer.data.tokenizer import load_tokenizer, vocabulary_size
 from trainer.errors import UserError
 from trainer.evaluate import evaluate_run
-from trainer.export import export_run
+from trainer.export import export_run, model_in_files
+from trainer.finished import load_model, open_checkpoint, open_run
 from trainer.precision import widen_norms
 from trainer.run import run
 
@@ -106,9 +108,6 @@ def test_a_family_trains_from_its_folder_and_its_export_has_the_same_logits(
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     assert tokenizer.decode(tokenizer("some words", add_special_tokens=False).input_ids) == "some words"
 
-    from parallel.launch import World
-    from trainer.finished import load_model, open_checkpoint, open_run
-
     folder = open_run(tmp_path / "run")
     checkpoint = open_checkpoint(folder, None, World())
     trained, _ = load_model(
@@ -123,6 +122,18 @@ def test_a_family_trains_from_its_folder_and_its_export_has_the_same_logits(
         logits, expected, before = model(ids).logits, trained(ids).logits, untrained(ids).logits
     assert (logits - expected).abs().max() <= 1e-5
     assert (before - expected).abs().max() > 1e-3  # training did move the weights
+
+
+def test_an_export_holds_no_weight_in_memory_but_in_files_and_none_is_left(text: Path, tmp_path: Path) -> None:
+    run(load(overrides(text, tmp_path / "run", "optim.rank=4", "model.tie_embeddings=true")))
+    folder = open_run(tmp_path / "run")
+    (tmp_path / "mapped").mkdir()
+    model = model_in_files(
+        load_saved(folder.config), folder, open_checkpoint(folder, None, World()), tmp_path / "mapped"
+    )
+    assert all(str(p.untyped_storage().filename).startswith(str(tmp_path / "mapped")) for p in model.parameters())
+    export_run(tmp_path / "run", tmp_path / "exported", None)
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "mapped", "exported", text.name, "cache"}
 
 
 def test_eval_finds_what_the_run_found(text: Path, tmp_path: Path) -> None:
