@@ -53,7 +53,7 @@ class LibraryOptimizer(MemoryOptimizer):
         if isinstance(p, DTensor):
             raise ValueError(
                 f"{self.name_of(p)} is sharded ({p.placements}), and {self.package} lays its blocks over a whole "
-                "parameter. Use parallel.zero=0 or 1, or an optimizer of stowage such as optim=adamw_8bit."
+                "parameter. Use parallel.zero=0, or an optimizer of stowage such as optim=adamw_8bit."
             )
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(

@@ -133,6 +133,12 @@ def shard_problems(cfg: Config, ranks: int) -> list[str]:
             "optim.basis_copies=true: has no effect with parallel.zero=0, where every rank has every basis; leave it "
             "out, or use parallel.zero=1, 2 or 3"
         )
+    package = getattr(cfg.optim, "package", None)
+    if package is not None and parallel.engine.value == "torch" and parallel.zero and ranks > 1:
+        found.append(
+            f"optim={cfg.optim.name}: {package} lays its blocks over whole parameters, which parallel.zero="
+            f"{parallel.zero} cuts into rows; use parallel.zero=0, or an optimizer of ours, such as optim=adamw_8bit"
+        )
     if cfg.optim.in_backward and parallel.zero == 1:
         found.append(
             "optim.in_backward=true: with parallel.zero=1 gradients are summed in DDP's buckets, which free none in "

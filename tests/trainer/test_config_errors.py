@@ -131,6 +131,15 @@ def test_ranks_count_in_the_global_batch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert load(["train.global_batch=24", "train.micro_batch=4"]).train.global_batch == 24
 
 
+def test_another_packages_optimizer_is_refused_where_shards_would_cut_its_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ["optim=bnb_adamw_8bit", "parallel.zero=3"]
+    assert load(asked).parallel.zero == 3, "one rank cuts nothing"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "use parallel.zero=0, or an optimizer of ours" in message(*asked)
+
+
 def test_a_recipe_that_does_not_fit_the_other_choices_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("optim: {rank: 3}\n")
     said = message(f"recipe={tmp_path}", "optim=adamw")
