@@ -5,14 +5,17 @@
     --random N       N random combinations; --seed repeats a draw
     --only A=V ...   with these values fixed
     --docs           all pairs, written to docs/composition.md
+    --minutes N      begin no combination later than that
     --list           the axes and their values
 
 Prints one line a combination; exit code 1 if any is neither equal to one process nor refused with a reason.
 """
 
 import argparse
+import math
 import random
 import sys
+import time
 
 from tests.composition import document
 from tests.composition.axes import AXES, Combination
@@ -30,6 +33,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--only", nargs="*", default=[], metavar="AXIS[=VALUE]")
     parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--list", action="store_true")
     asked = parser.parse_args()
     if asked.list:
@@ -38,16 +42,17 @@ def main() -> int:
         return 0
     chosen = dict(item.split("=", 1) for item in asked.only if "=" in item)
     Combination.of(**chosen)  # refuses unknown ones
+    until = time.monotonic() + 60 * asked.minutes
     fixed, free = frozenset(chosen.items()), [item for item in asked.only if "=" not in item]
     with Laboratory() as laboratory:
         if asked.random:
             seed = random.randrange(10**6) if asked.seed is None else asked.seed
             print(f"--random {asked.random} --seed {seed}", flush=True)
-            survey = Survey(run(laboratory, drawn(asked.random, seed, fixed), tell))
+            survey = Survey(run(laboratory, drawn(asked.random, seed, fixed), tell, until))
         elif asked.all:
-            survey = Survey(run(laboratory, product(free or [axis.name for axis in AXES], fixed), tell))
+            survey = Survey(run(laboratory, product(free or [axis.name for axis in AXES], fixed), tell, until))
         else:
-            survey = all_pairs(laboratory, fixed, tell)
+            survey = all_pairs(laboratory, fixed, tell, until)
             if asked.docs and not fixed:
                 document.PATH.write_text(document.written(survey))
     return conclude(survey)

@@ -7,6 +7,7 @@ reduced to its core - the values that it takes to be refused - and no later row 
 in any row is refused itself.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ def minimal(core: Core) -> Iterator[Combination]:
         yield Combination.of(**{"optimizer": name, **dict(core)})
 
 
+@functools.cache
 def meaningful_pairs(fixed: Core = frozenset(), strength: int = 2) -> list[Core]:
     """Pairs of values of two axes that some optimizer has the options for, `fixed` values given."""
     taken = dict(fixed)

@@ -15,7 +15,7 @@ SHOWN = ("first loss", "first grad_norm", "loss", "grad_norm", "weights", "state
 def written(survey: Survey) -> str:
     """The document, from all pairs."""
     return "\n".join([*opening(survey), *axes_section(), *pairs_section(survey), *measured_section(survey),
-                      *refusals_section(survey)]) + "\n"  # fmt: skip
+                      *refusals_section(survey), *failures_section(survey)]) + "\n"  # fmt: skip
 
 
 def opening(survey: Survey) -> list[str]:
@@ -36,10 +36,26 @@ def opening(survey: Survey) -> list[str]:
         "states and numbers, and the bytes that each rank holds.",
         "",
         f"**{covered} of {len(pairs)} pairs of values are equal ({covered / len(pairs):.1%}), "
-        f"{len(survey.refused_pairs)} refused**: {kinds.count('equal')} combinations that hold them all; "
-        f"{len(survey.failures)} combinations differ, crash or ignore an option.",
+        f"{len(survey.refused_pairs)} refused**, from {kinds.count('equal')} combinations equal to one process.",
+        *rest(survey, len(pairs) - covered - len(survey.refused_pairs)),
         "",
     ]
+
+
+def rest(survey: Survey, count: int) -> list[str]:
+    """What to say of pairs that were neither found equal nor refused."""
+    said = [f"The other {count} were not reached, or only by a combination that failed (`·` below)."] if count else []
+    return [*said, f"{len(survey.failures)} combinations differ, crash or ignore an option."]
+
+
+def failures_section(survey: Survey) -> list[str]:
+    """Nothing is kept back: what does not hold, with what was found."""
+    if not survey.failures:
+        return []
+    lines = ["## Combinations that do not hold", ""]
+    for row, outcome in survey.failures.items():
+        lines.append(f"- `{row}`: {' '.join(str(outcome).split())[:300]}")
+    return [*lines, ""]
 
 
 def axes_section() -> list[str]:
@@ -60,12 +76,12 @@ def pairs_section(survey: Survey) -> list[str]:
     equal, refused = survey.equal_pairs(), set(survey.refused_pairs)
     layouts = [axis for axis in AXES if not axis.method and axis.name not in ("ranks", "accumulation", "resume")]
     columns = [(axis.name, value.name) for axis in layouts for value in axis.values[1:]]
-    lines = ["## Pairs", "", "Every optimizer under every layout: ● equal, – refused.", ""]
+    lines = ["## Pairs", "", "Every optimizer under every layout: ● equal, – refused, · neither was shown.", ""]
     lines += ["| | " + " | ".join(f"{axis} {name}" for axis, name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for value in BY_NAME["optimizer"].values:
         pairs = [frozenset([("optimizer", value.name), column]) for column in columns]
         lines.append(f"| {value.name} | " + " | ".join(mark(pair, equal, refused) for pair in pairs) + " |")
-    lines += ["", "Any two axes: pairs of values that are equal, and those refused; nothing else was found.", ""]
+    lines += ["", "Any two axes: pairs of values that are equal, and those refused.", ""]
     lines += ["| axes | equal | refused |", "|---|---|---|"]
     for one, other in itertools.combinations(AXES, 2):
         pairs = meaningful(one, other)
@@ -78,11 +94,11 @@ def pairs_section(survey: Survey) -> list[str]:
         for one, other in itertools.combinations(AXES, 2)
         if all(pair in equal for pair in meaningful(one, other))
     ]
-    return [*lines, "", f"All pairs of the other {len(whole)} pairs of axes are equal.", ""]
+    return [*lines, "", f"Of {len(whole)} pairs of axes all pairs of values are equal.", ""]
 
 
 def mark(pair: Core, equal: set[Core], refused: set[Core]) -> str:
-    return "●" if pair in equal else "–" if pair in refused else "**?**"
+    return "●" if pair in equal else "–" if pair in refused else "·"
 
 
 def meaningful(one: Axis, other: Axis) -> list[Core]:

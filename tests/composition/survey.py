@@ -1,5 +1,6 @@
 """Everything known about pairs of values: run an array of combinations, and chase what its rows left open."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,23 +31,32 @@ class Survey:
 
 
 def run(
-    laboratory: Laboratory, rows: Iterable[Combination], tell: Callable[[str], None] = lambda line: None
+    laboratory: Laboratory,
+    rows: Iterable[Combination],
+    tell: Callable[[str], None] = lambda line: None,
+    until: float = math.inf,
 ) -> dict[Combination, Outcome]:
-    """Judge `rows`, one after the other."""
+    """Judge `rows`, one after the other; none is begun after `until`, on the monotonic clock."""
     outcomes = {}
     for count, row in enumerate(rows, 1):
         began = time.monotonic()
+        if began > until:
+            tell(f"out of time before combination {count}")
+            break
         outcomes[row] = laboratory.judge(row)
         tell(f"{count:4} {time.monotonic() - began:5.1f} s  {row}\n             {outcomes[row]}")
     return outcomes
 
 
 def all_pairs(
-    laboratory: Laboratory, fixed: Core = frozenset(), tell: Callable[[str], None] = lambda line: None
+    laboratory: Laboratory,
+    fixed: Core = frozenset(),
+    tell: Callable[[str], None] = lambda line: None,
+    until: float = math.inf,
 ) -> Survey:
     """Judge a covering array; then, for each pair left open by a row refused only when it was built, the pair alone."""
     array = Array(fixed)
-    survey = Survey(run(laboratory, array.rows(), tell), array.refusals, array.impossible)
+    survey = Survey(run(laboratory, array.rows(), tell, until), array.refusals, array.impossible)
     refused = [row for row, outcome in survey.outcomes.items() if outcome.kind == "refused"]
 
     def problems(row: Combination) -> list[str]:
@@ -61,7 +71,8 @@ def all_pairs(
     left = {pair for row in [*survey.failures, *refused] for pair in pairs_of(row)} - known
     for pair in sorted(left, key=sorted):
         alone = [row for row in minimal(pair | fixed) if not row.problems]
-        survey.outcomes |= run(laboratory, [row for row in alone[:1] if row not in survey.outcomes], tell)
-        if all(survey.outcomes[row].kind == "refused" for row in alone if row in survey.outcomes):
+        survey.outcomes |= run(laboratory, [row for row in alone[:1] if row not in survey.outcomes], tell, until)
+        tried = [row for row in alone if row in survey.outcomes]
+        if not alone or (tried and all(survey.outcomes[row].kind == "refused" for row in tried)):
             survey.refused_pairs.append(pair)
     return survey

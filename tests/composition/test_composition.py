@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from optim import registry
+from tests.composition import document
 from tests.composition.axes import AXES, BY_NAME, Combination
 from tests.composition.cover import Array, drawn, meaningful_pairs
 from tests.composition.laboratory import Laboratory
@@ -65,3 +66,9 @@ def test_every_axis_has_a_default_that_asks_for_nothing_special() -> None:
 
 def test_every_optimizer_is_on_the_axis() -> None:
     assert [value.name for value in BY_NAME["optimizer"].values] == registry.names()
+
+
+def test_the_document_lists_the_axes() -> None:
+    text = document.PATH.read_text()
+    old = [line for line in document.axis_table() if line not in text]
+    assert not old, "write it anew: python -m tests.composition --docs"

@@ -401,7 +401,10 @@ def holds(count, claim):
     assert wrong == [], "\n".join(wrong)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+ONE, FOUR = (pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))
+
+
+@pytest.mark.parametrize("count", [ONE, 2, 3, FOUR])
 def test_every_optimizer_steps_shards_as_the_whole(count):
     """fp64 to 1e-10 after 20 steps through refreshes, and every state once over the ranks."""
     holds(count, "named")
@@ -411,7 +414,7 @@ def test_so_does_every_side_refresh_and_way_to_keep_moments():
     holds(3, "variants")
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, FOUR])
 def test_codes_are_the_same_bytes_at_any_rank_count(count):
     holds(count, "codes")
 
@@ -424,7 +427,7 @@ def test_stochastic_rounding_draws_the_same_for_shards():
     holds(3, "draws")
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("count", [ONE, 3, FOUR])
 def test_a_checkpoint_of_two_ranks_goes_on_at_any_rank_count(count):
     holds(count, "loaded")
 
@@ -442,6 +445,7 @@ def test_under_fsdp_fp64_is_exact_and_fp32_drifts_as_torch_adamw_does():
     holds(2, "backward")
 
 
+@pytest.mark.slow
 def test_replicas_of_shards_and_single_parameters_over_another_group():
     holds(4, "other ways")
 

@@ -51,7 +51,7 @@ def alone() -> dict[str, Outcome]:
     return found
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_stage_trains_as_one_process_does(count: int, alone: dict[str, Outcome]) -> None:
     """fp64, AdamW with clipping and accumulation, rows that do not split evenly."""
     cases = {f"plain, {stage}": [stage] for stage in STAGES[1:]}

@@ -154,8 +154,9 @@ def test_a_step_whose_sizes_depend_on_values_is_refused_with_what_to_do_instead(
 
 
 def test_a_rank_of_two_is_predicted_with_the_buckets_of_ddp() -> None:
-    at_once = [*NARROW, "optim=galore", "train.micro_batch=2", "parallel.bucket_mib=1"]
-    accumulated = [*NARROW, "optim=adamw", "train.micro_batch=1", "activations=recompute", "precision=bf16"]
+    plain = [*NARROW, "loss=plain"]  # a chunked one holds the head's gradient beside its bucket
+    at_once = [*plain, "optim=galore", "train.micro_batch=2", "parallel.bucket_mib=1"]
+    accumulated = [*plain, "optim=adamw", "train.micro_batch=1", "activations=recompute", "precision=bf16"]
     first, second = on_ranks(2, real_peaks_of_rank, [at_once, accumulated])
     assert first == second
     for overrides, real, copies in zip((at_once, accumulated), first, (1, 2), strict=True):

@@ -186,8 +186,7 @@ def poisoned(steps: set[int]) -> Callable[..., Any]:
 
     def gradient_norm(engine: TorchEngine) -> torch.Tensor:
         if next(calls) in steps:
-            grad = engine.parameters[3].grad
-            assert grad is not None
+            grad = engine.spread.gradients()[3]
             grad.view(-1)[0] = float("nan")
         return genuine(engine)
 

@@ -150,7 +150,8 @@ def groups_table(choices: dict[str, str]) -> Table:
 def option_tables(cfg: DictConfig) -> Iterator[Table]:
     """Yield a table for the options of the root and of each section."""
     own = [name for name, kind in store.SECTIONS.items() if not is_dataclass(kind)]
-    yield options_table("", Config, cfg, own)
+    free = [name for name, kind in hints(Config).items() if get_origin(kind) is dict]
+    yield options_table("", Config, cfg, own + free)
     for name, kind in store.SECTIONS.items():
         if is_dataclass(kind):
             section = OmegaConf.get_type(cfg[name])
@@ -164,7 +165,7 @@ def options_table(prefix: str, kind: type, values: DictConfig, names: list[str])
         choices = choices_of(types[name])
         untold = any(not re.search(rf"\b{choice}\b", docs[name]) for choice in choices)
         text = f"{docs[name]} One of {', '.join(choices)}." if untold else docs[name]
-        value = list(values[name]) if OmegaConf.is_list(values[name]) else values[name]
+        value = OmegaConf.to_container(values[name]) if OmegaConf.is_config(values[name]) else values[name]
         table.add_row(f"  {prefix}{name}", escape(f"{type_name(types[name])} = {shown(value)}"), escape(text))
     return table
 
@@ -179,6 +180,8 @@ def type_name(kind: Any) -> str:
         return "|".join("null" if part is NoneType else type_name(part) for part in get_args(kind))
     if get_origin(kind) is list:
         return f"[{type_name(get_args(kind)[0])}, ...]"
+    if get_origin(kind) is dict:
+        return "KEY=VALUE"
     if choices_of(kind):
         return "choice"
     return {str: "text", float: "number", int: "int", bool: "bool"}.get(kind, str(kind))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from offload.config import Fate
 from parallel.config import EngineName
 
 if TYPE_CHECKING:
@@ -168,6 +169,12 @@ def run_problems(cfg: "Config") -> list[str]:
     if cfg.parallel.replicas > 1:
         found.append(
             f"parallel.replicas={cfg.parallel.replicas}: {engine} cuts over all ranks; use parallel.replicas=1"
+        )
+    if cfg.activations.fate is Fate.selective and cfg.parallel.zero == 3:
+        found.append(
+            "activations=selective with parallel.zero=3: DeepSpeed gathers and frees weights between the operators of "
+            "a block, which a recomputation of some of them alone cannot repeat; use activations=recompute, or "
+            "parallel.engine=torch"
         )
     if cfg.parallel.accumulate.value != "auto":
         found.append(

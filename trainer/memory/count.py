@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,6 +53,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters = list(model.parameters())  # walking the modules takes longer than looking at the tensors
         first = next((plain for p in self._parameters for plain in plain_tensors(p)), None)
         self._fake_mode = getattr(first, "fake_mode", None)
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
         self._known: dict[int, Record] = {}
         # Storages are freed on any thread, between any two instructions: the two lists take notice with one atomic
         # append, and the next sample works them off.
@@ -106,8 +108,10 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         born = self.now if func is aten.lift_fresh.default else 0
         for arg in args:
             if isinstance(arg, Tensor):
-                if func is aten.copy_.default and not self._knows(arg):
-                    continue  # scratch memory of a gloo collective, whose kernel copies by way of the dispatcher
+                if self._sharded and func is aten.copy_.default and not self._knows(arg):
+                    # Scratch memory of a gloo collective, whose kernel copies by way of the dispatcher. Without shards
+                    # it is a bucket of DDP, which is there from the start.
+                    continue
                 self._see(arg, born)
             elif isinstance(arg, list | tuple):
                 for item in arg:
