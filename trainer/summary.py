@@ -7,6 +7,8 @@ from typing import Any
 from optim import registry
 from optim.config import AdamWConfig
 from optim.describe import subspaces
+from parallel.config import EngineName
+from parallel.dtensor import local
 from trainer.build import Built
 from trainer.display.plots import plot_loss, plot_memory
 from trainer.display.progress import RunInfo
@@ -49,6 +51,16 @@ def state_sizes(run: Run) -> tuple[int, int]:
     shapes = [(name, global_shape(p)) for name, p in model.named_parameters() if p.requires_grad]
     dtype = torch_dtype(cfg.precision.weights)
     return registry.state_bytes(cfg.optim, shapes, dtype), registry.state_bytes(AdamWConfig(), shapes, dtype)
+
+
+def adamw_share(run: Run) -> int:
+    """Bytes of plain AdamW's states that this rank would hold under the run's own sharding."""
+    world, whole = run.built.world, state_sizes(run)[1]
+    if run.built.cfg.parallel.engine is EngineName.deepspeed:
+        return -(-whole // world.process_count)
+    parameters = [p for group in run.built.optimizer.param_groups for p in group["params"]]
+    shapes = [(str(place), local(p).shape) for place, p in enumerate(parameters)]
+    return registry.state_bytes(AdamWConfig(), shapes, torch_dtype(run.built.cfg.precision.weights))
 
 
 def finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
@@ -102,7 +114,7 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
     """What the final table says: this run beside plain AdamW, whose steady step differs in the states alone."""
     cfg, peak = run.built.cfg, highest_peak(run)
     steady = run.timelines["steady"].peak if "steady" in run.timelines else peak
-    adamw = Memory(label="adamw", by_kind={**steady.by_kind, "states": summary["adamw_state_bytes"]})
+    adamw = Memory(label="adamw", by_kind={**steady.by_kind, "states": adamw_share(run)})
     return Outcome(
         name=cfg.recipe or cfg.run.name,
         steps=run.step,
