@@ -44,8 +44,8 @@ def local_gradient_lost(world: World) -> Iterator[None]:
     """Rank 1 sees another loss than its own."""
     from trainer import step
 
-    real, factor = step.token_loss_sum, 1.0 + 1e-6 * world.process_rank
-    with mock.patch.object(step, "token_loss_sum", lambda *args, **options: real(*args, **options) * factor):
+    real, factor = step.forward, 1.0 + 1e-6 * world.process_rank
+    with mock.patch.object(step, "forward", lambda *args, **options: real(*args, **options) * factor):
         yield
 
 
