@@ -10,7 +10,7 @@ from optim import registry
 from tests.composition import document
 from tests.composition.axes import AXES, BY_NAME, Combination
 from tests.composition.cover import Array, drawn, meaningful_pairs
-from tests.composition.laboratory import Laboratory
+from tests.composition.laboratory import Laboratory, Outcome
 from tests.composition.survey import all_pairs, run
 
 
@@ -32,37 +32,49 @@ FOUND = [
 ]
 """Combinations that once went wrong."""
 OPEN = frozenset([("optimizer", "torchao_adamw_fp8"), ("activations", "fp8")])
-"""Does not hold, and docs/composition.md says so: torchao's fp8 has no range of its own for a block's small second
-moments; those that fall to zero are divided by, and what 8-bit activations lose grows without a bound."""
+"""Differs in bf16_sr with zero=3 on one rank, 4 micro-steps and the update in backward: weights end 5.3 times their
+way apart (limit 0.7), from first gradients 7e-4 apart. Why is not known. A crash or an ignored option still fails."""
 
 
 def test_each_value_in_some_combination(laboratory: Laboratory) -> None:
     rows = [*Array(strength=1).rows(), *FOUND]  # not as parameters: finding them takes seconds at every collection
     wrong = {row: outcome for row, outcome in run(laboratory, rows, print).items() if outcome.kind != "equal"}
-    wrong = {row: outcome for row, outcome in wrong.items() if not pairs(row) >= OPEN}
+    wrong = {row: outcome for row, outcome in wrong.items() if outcome.kind != "differs" or not pairs(row) >= OPEN}
     assert not wrong, "\n".join(f"{row}: {outcome}" for row, outcome in wrong.items())
+
+
+def judge(failures: dict[Combination, Outcome]) -> None:
+    """Fail for what crashes, ignores an option or differs in exact arithmetic; expect no better yet of the rest, which
+    docs/composition.md lists: narrow formats that drift beyond their limit, and 8-bit activations under lean blocks."""
+    known = {
+        row
+        for row, outcome in failures.items()
+        if outcome.kind == "differs"
+        and (row["precision"] != "fp64" or (row["activations"] in ("int8", "fp8") and row["blocks"] == "lean"))
+    }
+    unknown = {row: outcome for row, outcome in failures.items() if row not in known}
+    assert not unknown, "\n".join(f"{row}: {outcome}" for row, outcome in unknown.items())
+    if known:
+        pytest.xfail(f"{len(known)} combinations drift further than allowed, such as {next(iter(known))}")
 
 
 def pairs(row: Combination) -> set[tuple[str, str]]:
     return {(axis.name, row[axis.name]) for axis in AXES}
 
 
-@pytest.mark.xfail(reason="some combinations in narrow formats drift further than allowed: docs/composition.md")
 @pytest.mark.slow
 def test_all_pairs_of_values(laboratory: Laboratory) -> None:
     survey = all_pairs(laboratory, tell=print)
-    assert not survey.failures, "\n".join(f"{row}: {outcome}" for row, outcome in survey.failures.items())
     assert len(survey.equal_pairs()) >= 0.95 * len(meaningful_pairs())
+    judge(survey.failures)
 
 
-@pytest.mark.xfail(reason="some combinations in narrow formats drift further than allowed: docs/composition.md")
 @pytest.mark.slow
 def test_random_combinations(laboratory: Laboratory) -> None:
     seed = int(os.environ.get("COMPOSITION_SEED") or random.randrange(10**6))
     print(f"COMPOSITION_SEED={seed}")
     outcomes = run(laboratory, drawn(12, seed), print)
-    wrong = [f"{row}: {outcome}" for row, outcome in outcomes.items() if not outcome.passes]
-    assert not wrong, "\n".join([f"COMPOSITION_SEED={seed}", *wrong])
+    judge({row: outcome for row, outcome in outcomes.items() if not outcome.passes})
 
 
 def test_every_axis_has_a_default_that_asks_for_nothing_special() -> None:

@@ -157,8 +157,10 @@ def test_a_rank_of_two_is_predicted_with_the_buckets_of_ddp() -> None:
     plain = [*NARROW, "loss=plain"]  # a chunked one holds the head's gradient beside its bucket
     at_once = [*plain, "optim=galore", "train.micro_batch=2", "parallel.bucket_mib=1"]
     accumulated = [*plain, "optim=adamw", "train.micro_batch=1", "activations=recompute", "precision=bf16"]
-    first, second = on_ranks(2, real_peaks_of_rank, [at_once, accumulated])
+    chunked = [*NARROW, "optim=galore", "train.micro_batch=2", "parallel.bucket_mib=1"]
+    first, second = on_ranks(2, real_peaks_of_rank, [at_once, accumulated, chunked])
     assert first == second
+    assert peaks(plan(*chunked, ranks=2)) == first.pop()
     for overrides, real, copies in zip((at_once, accumulated), first, (1, 2), strict=True):
         predicted = peaks(plan(*overrides, ranks=2))
         assert predicted == real
