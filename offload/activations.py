@@ -13,7 +13,6 @@ work and at most two blocks are near. In backward a block's first question fetch
 at the most: `peak_formula`. Frames follow from the order in which blocks run, so all this is the same in each run.
 """
 
-import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,37 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 from offload.compress import FP8_GROUP, INT8_GROUP, encode
-from offload.config import COMPRESSED, EXACT, MOVED, ActivationsConfig, Fate, WhenFull
+from offload.config import COMPRESSED, EXACT, MOVED, ActivationsConfig, Fate
+from offload.elsewhere import Elsewhere
 from offload.policy import Policy, Verdict
-from offload.pool import HostPool, Ledger, TierFull
-from offload.recompute import recompute, tile
-from offload.saved import Compressed, Entry, Frame, Moved, Saved
+from offload.pool import Ledger
+from offload.recompute import recompute, tile_mlps
+from offload.saved import Compressed, Entry, Frame, Saved
+from offload.saving import Caller, given, has_storage, is_parameters_form, row_of
 from offload.streams import Copies
-from offload.tiers import DiskRoom, HostRoom, Room, SpillFile
-
-GIB = 2**30
-
-
-class OperatorName(TorchFunctionMode):  # type: ignore[misc]
-    """Knows which of torch's functions the model is calling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current: str | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        outer, self.current = self.current, getattr(func, "__name__", "").strip("_")
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.current = outer
 
 
 class Activations:
@@ -74,23 +53,18 @@ class Activations:
         copies: Copies | None = None,
         dedupe: bool = True,
     ) -> None:
-        self.cfg, self.ledger, self.messages = cfg, Ledger(), list[str]()
+        self.cfg, self.ledger = cfg, Ledger()
         self.frames: list[Frame] = []
         """Of the last forward, one for each block."""
         self._blocks, self._device, self._dedupe = blocks, device, dedupe
         self._policy = Policy(cfg, blocks)
-        cuda = device.type == "cuda"
-        self._pool = HostPool(None if cfg.host_gib is None else int(cfg.host_gib * GIB), pinned=cuda)
-        self._staging = HostPool(pinned=True) if cuda else None
-        self._copies = copies or Copies(device)
+        self._elsewhere = Elsewhere(cfg, device, self.ledger, copies or Copies(device))
+        self._caller = Caller(operators=self._policy.by_operator, modules=self._policy.by_module)
         self._entries: dict[tuple[int, Fate], weakref.ref[Entry]] = {}
         self._raw: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._exempt: dict[int, Tensor] = {}
-        self._modules: list[str] = []
-        self._file: weakref.ref[SpillFile] | None = None
         self._inputs = False
         self._told = 0
-        self._operator = OperatorName()
         self._install()
 
     @property
@@ -111,7 +85,8 @@ class Activations:
 
     def take_messages(self) -> list[str]:
         """What the user should know since the last call, each thing once a run."""
-        new, self._told = self.messages[self._told :], len(self.messages)
+        messages = self._elsewhere.messages
+        new, self._told = messages[self._told :], len(messages)
         return new
 
     def rules_without_effect(self) -> list[str]:
@@ -125,26 +100,12 @@ class Activations:
 
     def _install(self) -> None:
         if self.cfg.tile_mlp > 1:
-            self._tile()
+            tile_mlps(self._blocks, self.cfg.tile_mlp)
         for region in self._policy.regions:
             recompute(region, self._saving_inputs)
         for index, (name, block) in enumerate(self._blocks):
-            if self._policy.by_module:
-                self._follow_modules(name, block)
+            self._caller.follow(name, block)
             self._frame_block(index, name, block)
-
-    def _tile(self) -> None:
-        found = False
-        for name, block in self._blocks:
-            for inner, module in block.named_modules():
-                if inner.rpartition(".")[2] in ("mlp", "feed_forward", "ffn"):
-                    tile(f"{name}.{inner}", module, self.cfg.tile_mlp)
-                    found = True
-        if not found:
-            raise ValueError(
-                f"activations.tile_mlp={self.cfg.tile_mlp}: no module of a block is called mlp, feed_forward or ffn. "
-                "Use activations.tile_mlp=1."
-            )
 
     def _needs_hooks(self) -> bool:
         """Whether some saved tensor may meet another fate than autograd's own."""
@@ -168,17 +129,6 @@ class Activations:
 
         block.forward = forward
 
-    def _follow_modules(self, block: str, top: nn.Module) -> None:
-        for name, module in top.named_modules():
-            if name:
-                full = f"{block}.{name}"
-                module.register_forward_pre_hook(lambda _, __, full=full: self._modules.append(full))
-                module.register_forward_hook(lambda _, __, ___: self._leave_module(), always_call=True)
-
-    def _leave_module(self) -> None:
-        if self._modules:
-            self._modules.pop()
-
     @contextmanager
     def _frame(
         self, index: int, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,15 +140,13 @@ class Activations:
         frame = Frame(index, last)
         self.frames.append(frame)
         self._exempt = {id(t.untyped_storage()): t for t in given(block, args, kwargs) if has_storage(t)}
-        self._modules = [name]
         try:
             with ExitStack() as stack:
                 stack.enter_context(saved_tensors_hooks(self._packer(frame), self._unpack))
-                if self._policy.by_operator:
-                    stack.enter_context(self._operator)
+                self._caller.enter(stack, name)
                 yield
         finally:
-            self._exempt, self._modules = {}, []
+            self._exempt = {}
         if last is not None:
             last.settle()
 
@@ -236,14 +184,13 @@ class Activations:
         if self._inputs:
             verdict = Verdict(self.cfg.inputs)
         else:
-            module = self._modules[-1] if self._modules else ""
-            verdict = self._policy.verdict(module, self._operator.current)
+            verdict = self._policy.verdict(self._caller.module, self._caller.operator)
         fate = verdict.fate
         if tensor.untyped_storage().nbytes() < self.cfg.min_bytes:
             return Verdict(Fate.keep)
         if fate in MOVED and frame.index >= len(self._blocks) - self.cfg.keep_last:
             return Verdict(Fate.keep)
-        if fate in COMPRESSED and not compressible(tensor, fate):
+        if fate in COMPRESSED and row_of(tensor, fate) is None:
             return Verdict(Fate.keep)
         return verdict
 
@@ -265,51 +212,13 @@ class Activations:
             if verdict.fate in COMPRESSED:
                 integers = verdict.fate is Fate.int8
                 group = 0 if verdict.whole else INT8_GROUP if integers else FP8_GROUP
-                codes = encode(flat, integers=integers, group=group)
+                codes = encode(flat, integers=integers, group=group, row=row_of(tensor, verdict.fate) or 0)
                 made = Compressed(storage, version, codes, verdict.fate, self.ledger)
             else:
-                made = self._move(frame, storage, version, flat.view(torch.uint8), verdict.fate)
+                made = self._elsewhere.take(frame, storage, version, flat.view(torch.uint8), verdict.fate)
         if made is not None:
             self._entries[key] = weakref.ref(made)
         return made
-
-    def _move(
-        self, frame: Frame, storage: torch.UntypedStorage, version: int, near: Tensor, fate: Fate
-    ) -> Moved | None:
-        try:
-            room = self._room(fate, near)
-        except (TierFull, OSError) as error:
-            self.ledger.refused[fate.value] += near.nbytes
-            self._refused(error, near.nbytes)
-            return None
-        entry = Moved(storage, version, frame, near, room, self.ledger, fate, self._refused)
-        frame.entries.append(weakref.ref(entry))
-        frame.moved += near.nbytes
-        return entry
-
-    def _room(self, fate: Fate, near: Tensor) -> Room:
-        fake = isinstance(near, FakeTensor)
-        if fate is Fate.host:
-            return HostRoom(near.nbytes, self._pool, self._copies, self.ledger, fake=fake)
-        budget = None if self.cfg.disk_gib is None else int(self.cfg.disk_gib * GIB)
-        file = None if fake else self._spill_file()
-        return DiskRoom(near.nbytes, file, self._staging, budget, self._copies, self.ledger)
-
-    def _spill_file(self) -> SpillFile:
-        """The file of this forward; the rooms in it hold it, and with the last of them it is gone."""
-        file = self._file() if self._file is not None else None
-        if file is None:
-            file = SpillFile(self.cfg.folder())
-            self._file = weakref.ref(file)
-        return file
-
-    def _refused(self, error: Exception, nbytes: int) -> None:
-        """A tier did not take `nbytes`: stop, or say once that they stay."""
-        if self.cfg.when_full is WhenFull.stop:
-            raise TierFull(f"{reason(error, self.cfg)}; activations.when_full=stop ends the run") from error
-        message = f"{reason(error, self.cfg)}; such activations stay on the device (activations.when_full=keep)"
-        if not any(said.partition(" has no room")[0] == message.partition(" has no room")[0] for said in self.messages):
-            self.messages.append(message)
 
     def _raw_tensor(self, frame: Frame, tensor: Tensor) -> Any:
         """The tensor as it is, with its frame, so that backward's arrival here is noticed."""
@@ -322,56 +231,9 @@ class Activations:
 
     def _is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor is none of the block's own making, or made of a parameter alone by a cast or a view."""
-        if id(tensor.untyped_storage()) in self._exempt:
-            return True
-        node: Any = tensor.grad_fn
-        for _ in range(4):
-            if node is None or len(node.next_functions) != 1:
-                return False
-            node = node.next_functions[0][0]
-            variable = getattr(node, "variable", None)
-            if variable is not None:
-                return bool(variable.numel() == tensor.numel())
-        return False
+        return id(tensor.untyped_storage()) in self._exempt or is_parameters_form(tensor)
 
     def _sweep(self) -> None:
         """Forget storages that are gone: a new forward begins."""
         self._entries = {key: ref for key, ref in self._entries.items() if ref() is not None}
         self._raw = {key: known for key, known in self._raw.items() if known[0]() is not None}
-
-
-def given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Tensors that a block does not make: its parameters and buffers, and its arguments but the first."""
-    yield from block.parameters()
-    yield from block.buffers()
-    pending: list[Any] = [*args[1:], *kwargs.values()]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            pending.extend(value)
-        elif isinstance(value, dict):
-            pending.extend(value.values())
-
-
-def has_storage(tensor: Tensor) -> bool:
-    """Whether the bytes of a tensor are one plain storage: neither a wrapper, nor sparse, nor lazily negated."""
-    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
-    return plain and tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
-
-
-def compressible(tensor: Tensor, fate: Fate) -> bool:
-    """Whether codes with a scale for a group stand for a tensor: numbers, in rows at least a group long."""
-    group = INT8_GROUP if fate is Fate.int8 else FP8_GROUP
-    long_rows = tensor.dim() > 0 and tensor.shape[-1] >= group and tensor.stride(-1) == 1
-    return tensor.is_floating_point() and tensor.itemsize >= 2 and long_rows
-
-
-def reason(error: Exception, cfg: ActivationsConfig) -> str:
-    """What a tier said, in the user's words."""
-    if isinstance(error, OSError):
-        folder = cfg.folder()
-        free = shutil.disk_usage(folder).free if folder.is_dir() else 0
-        return f"{folder} has no room for activations ({error.strerror or error}; {free:,} bytes free)"
-    return str(error)

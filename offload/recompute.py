@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -56,6 +56,25 @@ def selective_contexts(region: Region) -> Contexts:
 
     contexts: Contexts = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
     return contexts
+
+
+def tile_mlps(blocks: Sequence[tuple[str, nn.Module]], pieces: int) -> None:
+    """Make the MLP of every block run in `pieces`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = False
+    for name, block in blocks:
+        for inner, module in block.named_modules():
+            if inner.rpartition(".")[2] in ("mlp", "feed_forward", "ffn"):
+                tile(f"{name}.{inner}", module, pieces)
+                found = True
+    if not found:
+        raise ValueError(
+            f"activations.tile_mlp={pieces}: no module of a block is called mlp, feed_forward or ffn. "
+            "Use activations.tile_mlp=1."
+        )
 
 
 def tile(name: str, module: nn.Module, pieces: int) -> None:

@@ -84,7 +84,7 @@ class Moved(Entry):
 
     def __init__(
         self, storage: torch.UntypedStorage, version: int, frame: Frame, near: Tensor, room: Room, ledger: Ledger,
-        fate: Fate, failed: Callable[[OSError, int], None],
+        fate: Fate, failed: Callable[[OSError], None],
     ) -> None:  # fmt: skip
         super().__init__(storage, version)
         self.fate, self.frame = fate, frame
@@ -108,7 +108,7 @@ class Moved(Entry):
             self._ledger.out[tier] -= size
             self._ledger.refused[tier] += size
             self._close()
-            self._failed(error, size)
+            self._failed(error)
             return
         if isinstance(self._room, DiskRoom):
             self._room.settled()

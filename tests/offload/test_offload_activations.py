@@ -127,8 +127,8 @@ def test_no_parameter_is_ever_moved(name: str) -> None:
     policy = managed(model, **EXACT[name])
     before = [(p.data_ptr(), p.untyped_storage()) for p in model.parameters()]
     seen: list[int] = []
-    inner = policy._move
-    policy._move = lambda frame, storage, *rest: seen.append(id(storage)) or inner(frame, storage, *rest)  # type: ignore[assignment]
+    inner = policy._elsewhere.take
+    policy._elsewhere.take = lambda frame, storage, *rest: seen.append(id(storage)) or inner(frame, storage, *rest)  # type: ignore[assignment]
     step(model)
     assert seen and not {id(storage) for _, storage in before} & set(seen)
     assert [p.data_ptr() for p in model.parameters()] == [address for address, _ in before]
@@ -172,16 +172,16 @@ def test_a_graph_that_is_dropped_gives_its_room_back() -> None:
     del loss
     gc.collect()
     assert policy.ledger.held["host"] == 0
-    assert policy._pool.idle == policy._pool.reserved
+    assert policy._elsewhere.pool.idle == policy._elsewhere.pool.reserved
 
 
 def test_buffers_of_one_step_serve_the_next() -> None:
     model = llama()
     policy = managed(model, fate=Fate.host)
     step(model)
-    reserved = policy._pool.reserved
+    reserved = policy._elsewhere.pool.reserved
     step(model)
-    assert policy._pool.reserved == reserved == policy._pool.idle
+    assert policy._elsewhere.pool.reserved == reserved == policy._elsewhere.pool.idle
 
 
 def test_backward_twice_through_a_kept_graph_gives_the_same_gradients() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload.compress import FP8_GROUP, INT8_GROUP, PIECE, decode, encode
+from offload.compress import FP8_GROUP, INT8_GROUP, PIECE, decode, encode, wide
 from offload.config import Fate
-from tests.offload.models import llama, managed, step
+from tests.offload.models import llama, managed, rows, step
 
 
 def normal(count: int = 2**16) -> Tensor:
@@ -38,6 +38,25 @@ def test_a_round_trip_is_within_half_a_step_of_the_format(
     else:
         bound = torch.where(wide.abs() >= scales * 2**-6, wide.abs() * (1 / 17 + 2**-8), scales * 2**-10)
     assert (error <= bound + rounding + 1e-30).all()
+
+
+@pytest.mark.parametrize("integers, group", [(False, FP8_GROUP), (True, INT8_GROUP)])
+@pytest.mark.parametrize("row", [64, 682, 100])
+def test_what_a_token_becomes_does_not_depend_on_the_tokens_beside_it(integers: bool, group: int, row: int) -> None:
+    """Where the group divides the row and where it does not: a long batch, and each of its rows by itself."""
+    rows = 2 * PIECE // row if row == 682 else 7
+    x = normal(rows * row)
+    coded = encode(x, integers=integers, group=group, row=row)
+    assert coded.scales.numel() == rows * -(-row // group)
+    together = decode(coded).view(rows, row)
+    for index in (0, rows // 2, rows - 1):
+        alone = decode(encode(x.view(rows, row)[index], integers=integers, group=group))
+        assert torch.equal(together[index], alone)
+
+
+def test_every_code_of_the_table_stands_for_what_torchs_cast_makes_of_it() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(wide(codes).nan_to_num(999), codes.float().nan_to_num(999))
 
 
 def test_the_largest_of_a_group_gets_the_largest_code() -> None:
@@ -106,3 +125,32 @@ def test_weights_and_attention_operands_are_never_compressed() -> None:
     step(model)
     assert seen and not {p.untyped_storage().data_ptr() for p in model.parameters()} & set(seen)
     assert all(frame.kept > 0 for frame in policy.frames)
+
+
+@pytest.mark.parametrize("fate", [Fate.fp8, Fate.int8])
+def test_a_row_of_a_batch_gets_the_gradients_it_gets_alone(fate: Fate) -> None:
+    """Widths that no group divides; int8, since COAT's one scale for a linear's input spans the batch by design."""
+    model = llama(torch.float64, intermediate_size=100, attention_dropout=0.0)
+    rules = ["linear() -> keep"] if fate is Fate.fp8 else []
+    managed(model, *rules, fate=fate)
+    ids = rows(3, 24)
+    together = step_of(model, ids)
+    alone = [step_of(model, ids[index : index + 1]) for index in range(3)]
+    for one, *others in zip(together, *alone, strict=True):
+        assert (one - sum(others)).norm() <= 1e-12 * one.norm()
+
+
+def step_of(model: torch.nn.Module, ids: Tensor) -> list[Tensor]:
+    """Gradients of the sum of all logits squared, in fp64: a sum over rows."""
+    model.zero_grad()
+    model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_a_hidden_state_with_as_many_values_as_the_embedding_is_no_form_of_it() -> None:
+    model = llama(attention_dropout=0.0)
+    policy = managed(model, fate=Fate.host)
+    ids = rows(4, 16)  # 64 tokens, as many as the vocabulary
+    model(input_ids=ids, use_cache=False)
+    hidden = 4 * 16 * 32 * 4
+    assert policy.frames[0].moved == policy.frames[1].moved >= 10 * hidden
