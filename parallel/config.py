@@ -20,6 +20,15 @@ class Accumulate(Enum):
     sharded = "sharded"
 
 
+class SequenceKind(Enum):
+    """How the tokens of a row are split over ranks, and what those send each other for attention."""
+
+    none = "none"
+    ulysses = "ulysses"
+    ring = "ring"
+    usp = "usp"
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     engine: EngineName = EngineName.torch
@@ -35,6 +44,16 @@ class ParallelConfig:
     """Where a step's micro-batches add up. sharded: every one is summed over the ranks and leaves shards (zero 2 and 3,
     and auto there). local: whole gradients stay on each rank and are summed once a step: fewer bytes sent, more held
     (zero 0 and 1, and auto there)."""
+    sequence: SequenceKind = SequenceKind.none
+    """How the tokens of a row are split over ranks (any transformers model; exact). none: every rank has whole rows.
+    ulysses: an all-to-all gives each rank all tokens of some heads. ring: keys and values go round, which overlaps with
+    computing; any number of heads. usp: ulysses among neighbours, a ring over those."""
+    sequence_degree: int | None = None
+    """Ranks that share each row; their number times the ranks that read different rows is that of all. Default: all
+    ranks share every row. What parallel.zero cuts, it cuts over all of them."""
+    ulysses_degree: int | None = None
+    """parallel.sequence=usp: how many of the sequence_degree ranks exchange heads, the rest is the ring; default: as
+    many as divide the model's heads and key heads."""
     timeout: float = 600.0
     """Seconds a collective may wait for the slowest rank before the run ends with an error."""
     bucket_mib: int = 25
@@ -56,8 +75,32 @@ class ParallelConfig:
                 f"parallel.accumulate=sharded: parallel.zero={self.zero} holds whole gradients; "
                 "use parallel.zero=2 or 3, or leave it out"
             )
+        found += self.sequence_problems()
         if self.timeout <= 0:
             found.append(f"parallel.timeout={self.timeout}: must be above 0 seconds; the default is 600")
         if self.bucket_mib < 1:
             found.append(f"parallel.bucket_mib={self.bucket_mib}: must be at least 1 MiB; the default is 25")
         return found
+
+    def sequence_problems(self) -> list[str]:
+        found, kind, degree, inner = [], self.sequence, self.sequence_degree, self.ulysses_degree
+        if degree is not None and kind is SequenceKind.none:
+            found.append(
+                f"parallel.sequence_degree={degree}: has no effect with parallel.sequence=none; leave it out, or use "
+                "parallel.sequence=ulysses, ring or usp"
+            )
+        elif degree is not None and degree < 2:
+            found.append(f"parallel.sequence_degree={degree}: splits nothing; use 2 or more, or parallel.sequence=none")
+        if inner is not None and kind is not SequenceKind.usp:
+            found.append(
+                f"parallel.ulysses_degree={inner}: has no effect with parallel.sequence={kind.value}; leave it out, or "
+                "use parallel.sequence=usp"
+            )
+        elif inner is not None and (inner < 1 or (degree is not None and degree % inner)):
+            over = f"parallel.sequence_degree={degree}" if degree is not None else "at least 1"
+            found.append(f"parallel.ulysses_degree={inner}: must divide {over}; leave it out to have it chosen")
+        return found
+
+    def degree(self, ranks: int) -> int:
+        """How many of `ranks` ranks share each row; a process alone has whole ones."""
+        return 1 if self.sequence is SequenceKind.none or ranks == 1 else (self.sequence_degree or ranks)

@@ -30,11 +30,28 @@ class World:
     """gloo group for small host-side agreement, so that it never queues behind gradients; None when alone."""
     gradients: dist.ProcessGroup | None = None
     """Group that sums gradients; None: the default one."""
+    sequence_degree: int = 1
+    """Neighbouring ranks that share each row (`parallel.sequence`)."""
 
     @property
     def leads(self) -> bool:
         """Whether this process prints and writes the run folder."""
         return self.process_rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the different shares of the rows this rank reads, with those it shares each row with."""
+        return self.process_rank // self.sequence_degree
+
+    @property
+    def data_count(self) -> int:
+        """How many different shares of the rows there are."""
+        return self.process_count // self.sequence_degree
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of each row is this rank's."""
+        return self.process_rank % self.sequence_degree
 
     def barrier(self) -> None:
         """Wait for every process (host side)."""
@@ -109,6 +126,6 @@ def connected(cfg: ParallelConfig, device: str, threads: int | None = None) -> I
         text = missing_text(rank, count, cfg.timeout, error)
         raise RanksMissing(text, speaks=rank == 0 or "connect" in str(error).lower()) from error
     try:
-        yield World(rank, count, local_rank, place, control)
+        yield World(rank, count, local_rank, place, control, sequence_degree=cfg.degree(count))
     finally:
         dist.destroy_process_group()

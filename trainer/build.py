@@ -20,6 +20,7 @@ from parallel.config import EngineName
 from parallel.launch import World
 from parallel.mesh import share_of
 from parallel.place import spread as spread_over_ranks
+from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
 from parallel.spread import Spread
 from trainer.adapt import blocks, manage_activations, untied_ends
@@ -34,6 +35,7 @@ from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
 from trainer.precision import autocast, int8_matrices, rounding
 from trainer.schema import Config, Dtype
+from trainer.sequence import check_split, split_rows, whole_rows
 from trainer.state import seed_all
 
 
@@ -53,6 +55,8 @@ class Trainable:
     loss: HeadLoss
     activations: Activations | None
     """None where autograd keeps all that blocks save."""
+    strategy: Strategy | None = None
+    """How attention goes over rows that several ranks share; None where each has whole rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     Raises:
         UserError: model and options do not fit each other.
     """
+    strategy = split_rows(cfg, world, model)
     activations = manage_activations(cfg.activations, world, model)
     loss = HeadLoss(model, cfg.loss)
     with_engine = with_torch if cfg.parallel.engine is EngineName.torch else with_library
@@ -144,6 +149,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         meter=MemoryMeter(model, optimizer, world.device, elsewhere=activations.ledger if activations else None),
         loss=loss,
         activations=activations,
+        strategy=strategy,
     )
 
 
@@ -177,7 +183,10 @@ def build(cfg: Config, world: World) -> Built:
     tried = not next(model.parameters()).is_meta
     trainable = make_trainable(cfg, world, model)
     if not tried:
-        try_out(cfg, world, model, corpus.vocab_size)
+        with whole_rows(cfg, model, trainable.strategy):
+            try_out(cfg, world, model, corpus.vocab_size)
         reshard(model)
+    if trainable.strategy is not None:
+        check_split(cfg, world, model, corpus.vocab_size, trainable.strategy)
     seed_all(cfg.seed, world.process_rank)
     return Built(**vars(trainable), corpus=corpus, model_config=config)

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from offload.config import ActivationsConfig, Fate
+from parallel.config import SequenceKind
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
@@ -116,7 +117,31 @@ def start_problems(cfg: Config) -> list[str]:
 
 def rank_count_problems(cfg: Config, ranks: int) -> list[str]:
     """Check what depends on the number of ranks."""
-    return shard_problems(cfg, ranks) + (batch_problems(cfg, ranks) or two_pass_problems(cfg, ranks))
+    found = shard_problems(cfg, ranks) + sequence_problems(cfg, ranks)
+    shares = max(1, ranks // cfg.parallel.degree(ranks))
+    return found + (batch_problems(cfg, shares) or two_pass_problems(cfg, shares))
+
+
+def sequence_problems(cfg: Config, ranks: int) -> list[str]:
+    """Groups that share rows must split the ranks."""
+    parallel = cfg.parallel
+    degree, inner = parallel.sequence_degree or ranks, parallel.ulysses_degree
+    if parallel.sequence is SequenceKind.none:
+        return []
+    if ranks == 1:
+        return [
+            f"parallel.sequence={parallel.sequence.value}: one process has nobody to share a row with; start several "
+            "(torchrun --nproc-per-node N -m trainer), or use parallel.sequence=none"
+        ]
+    if ranks % degree:
+        fitting = [count for count in range(2, ranks + 1) if ranks % count == 0]
+        return [
+            f"parallel.sequence_degree={degree}: does not divide {ranks} ranks; use parallel.sequence_degree="
+            f"{' or '.join(map(str, fitting))}"
+        ]
+    if inner is not None and degree % inner:
+        return [f"parallel.ulysses_degree={inner}: does not divide the {degree} ranks that share a row; leave it out"]
+    return []
 
 
 def shard_problems(cfg: Config, ranks: int) -> list[str]:

@@ -10,19 +10,22 @@ import torch
 from torch import nn
 
 from parallel.collectives import sum_over_ranks
-from parallel.launch import World, connected
+from parallel.launch import World, connected, launched_rank
+from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
-from trainer.check import check_hardware
+from trainer.check import check_hardware, sequence_problems
 from trainer.cli.compose import load_saved
 from trainer.data import IGNORE
 from trainer.data.batch import Batch
 from trainer.data.corpus import build_corpus
 from trainer.data.stream import heldout_batches
+from trainer.errors import UserError
 from trainer.finished import load_model, open_checkpoint, open_run
 from trainer.loss.head import HeadLoss
 from trainer.model import check_length, check_vocabulary
 from trainer.precision import autocast
 from trainer.schema import PrecisionConfig
+from trainer.sequence import own_part, split_rows
 from trainer.step import to_device
 
 
@@ -48,7 +51,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss_of: HeadLoss, batches: Iterable[Batch], world: World, precision: PrecisionConfig
+    model: nn.Module,
+    loss_of: HeadLoss,
+    batches: Iterable[Batch],
+    world: World,
+    precision: PrecisionConfig,
+    strategy: Strategy | None = None,
 ) -> Evaluation:
     """Measure `model` on this rank's share of held-out batches, and sum over the ranks.
 
@@ -60,12 +68,16 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)
     try:
         for batch in batches:
-            moved = to_device(batch, world.device)
+            mine = own_part(batch, strategy)
+            moved = to_device(mine, world.device)
             with autocast(precision, world.device):
-                run = partial(model, input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False)
+                run = partial(
+                    model, input_ids=moved.input_ids, position_ids=moved.position_ids, use_cache=False, **moved.extra
+                )
                 loss = float(loss_of(run, moved.labels, evaluating=True))
-            targets = int((batch.labels != IGNORE).sum())
-            sums += torch.tensor([loss, targets, loss / max(targets, 1), targets > 0], dtype=torch.float64)
+            targets, of_batch = (int((part.labels != IGNORE).sum()) for part in (mine, batch))
+            counted = (of_batch > 0) / world.sequence_degree  # by each rank that shares it
+            sums += torch.tensor([loss, targets, loss / max(of_batch, 1), counted], dtype=torch.float64)
     finally:
         model.train(was_training)
         reshard(model)
@@ -85,20 +97,24 @@ def evaluate_run(run: Path, overrides: list[str], step: int | None) -> Evaluatio
     folder = open_run(run)
     cfg = load_saved(folder.config, overrides)
     check_hardware(cfg)
+    ranks = launched_rank()[1]
+    if ranks > 1 and (problems := sequence_problems(cfg, ranks)):  # one process has whole rows, whatever the run had
+        raise UserError("\n".join(problems))
     with connected(cfg.parallel, cfg.run.device.value, cfg.run.threads) as world:
         checkpoint = open_checkpoint(folder, step, world)
         corpus = build_corpus(cfg.data, seed=cfg.seed, process_rank=world.process_rank, barrier=world.barrier)
         model, _ = load_model(cfg, folder, checkpoint, world.device)
         check_vocabulary(model.config, corpus.vocab_size)
         check_length(model.config, cfg.data.sequence_length)
+        strategy = split_rows(cfg, world, model)
         batches = heldout_batches(
             corpus.heldout,
             micro_batch=cfg.train.micro_batch,
-            process_rank=world.process_rank,
-            process_count=world.process_count,
+            process_rank=world.data_rank,
+            process_count=world.data_count,
             limit=cfg.data.eval_rows,
         )
-        found = evaluate(model, HeadLoss(model, cfg.loss), batches, world, cfg.precision)
+        found = evaluate(model, HeadLoss(model, cfg.loss), batches, world, cfg.precision, strategy)
         if world.leads:
             rows = min(cfg.data.eval_rows or len(corpus.heldout), len(corpus.heldout))
             print(

@@ -140,11 +140,11 @@ def measure(run: Run) -> None:
         batches = heldout_batches(
             run.built.corpus.heldout,
             micro_batch=cfg.train.micro_batch,
-            process_rank=world.process_rank,
-            process_count=world.process_count,
+            process_rank=world.data_rank,
+            process_count=world.data_count,
             limit=cfg.data.eval_rows,
         )
-        run.evaluation = evaluate(run.built.model, run.built.loss, batches, world, cfg.precision)
+        run.evaluation = evaluate(run.built.model, run.built.loss, batches, world, cfg.precision, run.built.strategy)
     if run.first_evaluation is None:
         run.first_evaluation = run.evaluation.loss
     run.recorder.record(

@@ -98,7 +98,10 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
             f"parallel.engine={cfg.parallel.engine.value}: its step cannot be taken on fake tensors; plan the torch "
             "engine at the same parallel.zero, which holds the same but for the library's buffers"
         )
-    world = World(process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None)
+    world = World(
+        process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None,
+        sequence_degree=cfg.parallel.degree(ranks),
+    )  # fmt: skip
     from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
     weights, int8 = cfg.precision.weights, int8_matrices(cfg)
     with undisturbed(device), pretended_ranks(cfg.parallel, ranks), FakeTensorMode():
@@ -142,15 +145,16 @@ def activation_notes(trainable: Trainable) -> tuple[str, ...]:
 
 def count(trainable: Trainable, step: int) -> Timeline:
     """Take step number `step` (from 0) on made-up rows, and count it."""
-    batch = made_up_batch(trainable.cfg, trainable.world.process_count)
+    batch = made_up_batch(trainable.cfg, trainable.world.data_count)
     with trainable.meter.count_step() as timeline:
         train_step(trainable, batch, step, stop=0)
     return timeline
 
 
-def made_up_batch(cfg: Config, ranks: int) -> StepBatch:
-    """Return a rank's rows of one step as the data stream does: all in three tensors, which micro-batches view."""
-    shape = (cfg.train.global_batch // ranks, cfg.data.sequence_length)
+def made_up_batch(cfg: Config, shares: int) -> StepBatch:
+    """Return one of `shares` shares of a step's rows as the data stream does: all in three tensors, which micro-batches
+    view."""
+    shape = (cfg.train.global_batch // shares, cfg.data.sequence_length)
     rows = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))
     return StepBatch(rows.split(cfg.train.micro_batch)[:MICRO_STEPS], targets=1, first_sample=0)
 

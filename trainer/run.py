@@ -188,8 +188,8 @@ def begin(
         seed=cfg.seed,
         global_batch=cfg.train.global_batch,
         micro_batch=cfg.train.micro_batch,
-        process_rank=world.process_rank,
-        process_count=world.process_count,
+        process_rank=world.data_rank,
+        process_count=world.data_count,
     )
     where: dict[str, Any] = {}
     if checkpoint is not None:

@@ -18,6 +18,7 @@ from trainer.data.batch import Batch, StepBatch
 from trainer.memory import format_bytes
 from trainer.precision import autocast
 from trainer.schema import ClipBy
+from trainer.sequence import own_part
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,22 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     ids, labels, positions = (
         tensor.to(device, non_blocking=True) for tensor in (batch.input_ids, batch.labels, batch.position_ids)
     )
-    return Batch(ids, labels, positions)
+    return Batch(ids, labels, positions, share=batch.share)
+
+
+def placed(built: Trainable, micro: Batch) -> Batch:
+    """This rank's part of a micro-batch, on its device."""
+    return to_device(own_part(micro, built.strategy), built.world.device)
 
 
 def forward(built: Trainable, batch: Batch, targets: int) -> Tensor:
     """Return a micro-batch's share of the step's loss."""
     with built.meter.phase("forward"), autocast(built.cfg.precision, built.world.device):
         # no attention_mask and no cache: transformers then keeps packed documents apart by their positions
-        run = partial(built.engine.model, input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        run = partial(
+            built.engine.model, input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+            **batch.extra,
+        )  # fmt: skip
         return built.loss(run, batch.labels) / targets
 
 
@@ -89,7 +98,7 @@ def step_at_once(built: Trainable, batch: StepBatch, step: int, stop: int) -> St
     total = torch.zeros((), device=built.world.device)
     for index, micro in enumerate(batch.micros):
         with engine.accumulating(last=index == len(batch.micros) - 1):
-            loss = forward(built, to_device(micro, built.world.device), targets)
+            loss = forward(built, placed(built, micro), targets)
             backward(built, loss)
         total = total + loss.detach()
     with meter.phase("clip"):
@@ -121,11 +130,11 @@ def step_in_backward(built: Trainable, updates: InBackward, batch: StepBatch, st
     total = torch.zeros((), device=device)
     for micro in batch.micros[:-1]:
         with built.engine.accumulating(last=False):
-            loss = forward(built, to_device(micro, device), targets)
+            loss = forward(built, placed(built, micro), targets)
             with updates.keep():
                 backward(built, loss)
         total = total + loss.detach()
-    last = to_device(batch.micros[-1], device)
+    last = placed(built, batch.micros[-1])
     with built.engine.accumulating(last=True):
         measured = measured_norm(built, updates, last, targets) if cfg.train.clip_by is ClipBy["two_pass"] else None
         loss = forward(built, last, targets)
@@ -154,7 +163,7 @@ def measured_norm(built: Trainable, updates: InBackward, batch: Batch, targets: 
 
 def kept_notes(built: Trainable) -> list[str]:
     """Say what gradients take between the micro-steps of an update in backward, if there are several."""
-    rows = built.cfg.train.global_batch // built.world.process_count
+    rows = built.cfg.train.global_batch // built.world.data_count
     micro_steps = rows // built.cfg.train.micro_batch
     if built.in_backward is None or micro_steps == 1:
         return []

@@ -39,9 +39,9 @@ class Value:
     name: str
     overrides: tuple[str, ...] = ()
     settings: Mapping[str, Any] | None = None
-    """What no override says: `ranks`, `micro_steps`, `resume`; `reference`, values that its reference has where others
-    have that of the method or the default, OWN the combination's own; `drifts`, whether how a batch is split shows
-    even in fp64."""
+    """What no override says: `ranks`, `degree` (ranks that share a row), `micro_steps`, `resume`; `reference`, values
+    that its reference has where others have that of the method or the default, OWN the combination's own; `drifts`,
+    whether how a batch is split shows even in fp64."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ LOSSY = {"activations": OWN, "mlp": OWN, "blocks": OWN}
 """What 8-bit codes lose depends on what is saved: the reference saves the same."""
 SMALL = "activations.min_bytes=256"
 """Activations of the tiny model are worth moving."""
+ALL = 0
+"""Every rank shares every row."""
 REFRESHED = f"optim.update_proj_gap={GAP}"
 
 AXES: tuple[Axis, ...] = (
@@ -147,6 +149,13 @@ AXES: tuple[Axis, ...] = (
     Axis("replicas", "groups of ranks that hold the whole each", False, (v(1), v(2, "parallel.replicas=2"))),
     Axis("accumulate", "where the micro-batches of a step add up", False, (
         v("auto"), v("local", "parallel.accumulate=local"), v("sharded", "parallel.accumulate=sharded"),
+    )),
+    Axis("sequence", "how the tokens of a row are split over ranks", False, (
+        v("none"),
+        v("ulysses", "parallel.sequence=ulysses", degree=ALL),
+        v("ring", "parallel.sequence=ring", degree=ALL),
+        v("ring_pairs", "parallel.sequence=ring", "parallel.sequence_degree=2", degree=2),
+        v("usp", "parallel.sequence=usp", degree=ALL),
     )),
     Axis("engine", "library that runs the distributed step", False, (
         v("torch"), v("deepspeed", "parallel.engine=deepspeed"),
@@ -234,8 +243,9 @@ class Combination:
 
     @property
     def micro_batch(self) -> int:
-        """Rows of a rank in a micro-step."""
-        return int(GLOBAL_BATCH // (self.ranks * self.setting("micro_steps", 1)))
+        """Rows of a rank in a micro-step, or of those that share them."""
+        shares = max(1, self.ranks // (self.setting("degree", 1) or self.ranks))
+        return int(GLOBAL_BATCH // (shares * self.setting("micro_steps", 1)))
 
     @property
     def resume(self) -> str:

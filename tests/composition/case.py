@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +85,7 @@ def attempt(job: Job, world: World) -> Report:
     report, started = Report(), False
     try:
         cfg = load(list(job.overrides))
+        world = replace(world, sequence_degree=cfg.parallel.degree(world.process_count))
         agree_on_config(cfg, world)
         assert cfg.run.dir is not None
         store = CheckpointStore(Path(cfg.run.dir) / "checkpoints", keep=0, verify=True, group=world.control)

@@ -87,9 +87,11 @@ def generated(cfg: "Config", ranks: int) -> dict[str, Any]:
     half = cfg.precision.compute.value == "bf16"
     elements = cfg.parallel.bucket_mib * 2**20 // (2 if half else 4)
     own: dict[str, Any] = {
-        "train_batch_size": cfg.train.global_batch,
+        "train_batch_size": cfg.train.global_batch * cfg.parallel.degree(ranks),  # which counts a row on each rank
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch,
-        "gradient_accumulation_steps": max(1, cfg.train.global_batch // max(1, cfg.train.micro_batch * ranks)),
+        "gradient_accumulation_steps": max(
+            1, cfg.train.global_batch // max(1, cfg.train.micro_batch * (ranks // cfg.parallel.degree(ranks)))
+        ),
         "gradient_clipping": cfg.train.clip_norm,  # DeepSpeed's own default is 1.0
         "zero_optimization": {
             "stage": cfg.parallel.zero,

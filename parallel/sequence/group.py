@@ -1,0 +1,53 @@
+"""The ranks that share rows: which they are, how they are connected, and what strategy they follow.
+
+Ranks of a group are neighbours, as launchers number them, and so are the ulysses ranks of a ring's member, whose
+traffic wants the fastest links: process rank = (data rank * ring + member) * ulysses + piece.
+"""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from parallel.config import ParallelConfig
+from parallel.launch import World
+from parallel.pretended import PretendedGroup
+from parallel.sequence.layout import Cut
+from parallel.sequence.links import Alone, Connection, Links, PretendedLinks
+from parallel.sequence.strategy import Strategy, cut_of, strategy_of
+
+
+def make_strategy(world: World, cfg: ParallelConfig, *, heads: int, key_heads: int) -> Strategy | None:
+    """Connect the ranks that share rows; None where none do. Every rank calls it.
+
+    Args:
+        heads, key_heads: of the model's attention.
+    """
+    if world.sequence_degree == 1:
+        return None
+    cut = cut_of(cfg, world.sequence_degree, heads, key_heads)
+    inner, outer = connect(world, cut, cfg.timeout)
+    return strategy_of(cfg, cut, world.sequence_rank, inner, outer)
+
+
+def connect(world: World, cut: Cut, timeout: float = 600.0) -> tuple[Connection, Connection]:
+    """Connect this rank to those it exchanges heads with, and to those of its ring."""
+    if isinstance(world.gradients, PretendedGroup):
+        return (alone_or_pretended(cut.ulysses), alone_or_pretended(cut.ring))
+    inner, outer = [], []
+    for base in range(0, world.process_count, cut.degree):
+        inner += [[base + m * cut.ulysses + u for u in range(cut.ulysses)] for m in range(cut.ring)]
+        outer += [[base + m * cut.ulysses + u for m in range(cut.ring)] for u in range(cut.ulysses)]
+    return links_among(inner, timeout), links_among(outer, timeout)
+
+
+def alone_or_pretended(count: int) -> Connection:
+    return PretendedLinks(count) if count > 1 else Alone()
+
+
+def links_among(groups: list[list[int]], timeout: float) -> Connection:
+    """Connections within `groups` of process ranks, of which one is this rank's."""
+    if len(groups[0]) == 1:
+        return Alone()
+    # Groups of their own: what attention sends never queues behind gradients, or the other way round.
+    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout))  # type: ignore[no-untyped-call]
+    return Links(mine)

@@ -1,0 +1,129 @@
+"""How the ranks of a sequence group hand tensors to each other, and how many bytes that was.
+
+Everybody knows what comes and how large it is (`Layout`), so nothing but the tensors is sent. `Alone` is a group of
+one; `Links` a real one; `PretendedLinks` one of which no other rank exists, for predictions: what comes is empty.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Shape = Sequence[int]
+
+
+class Pending:
+    """Tensors on their way. Their buffers, and those sent, are kept until they are waited for."""
+
+    def __init__(self, tensors: list[Tensor], works: Sequence[dist.Work] = (), sent: Sequence[Tensor] = ()) -> None:
+        self._tensors, self._works, self._sent = tensors, works, sent
+
+    def wait(self) -> list[Tensor]:
+        """Return what has come; on CUDA the current stream waits, not the host."""
+        for work in self._works:
+            work.wait()
+        self._works = self._sent = ()
+        return self._tensors
+
+
+class Connection(Protocol):
+    """One rank's way to the others of its group."""
+
+    count: int
+    index: int
+    sent: int
+    """Bytes this rank has sent to others so far."""
+
+    def exchange(
+        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
+    ) -> Pending:
+        """Begin to send tensors to rank `to` and to receive tensors of `shapes`, of dtype and device of `like`, from
+        `source`; None: nothing to send, or to receive."""
+        ...
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """Send flat part i to rank i; return the flat parts that all ranks sent here, `lengths` values each."""
+        ...
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """Return every rank's `part`, all of one shape: (count, *shape)."""
+        ...
+
+
+class Alone:
+    """A group of one, which never sends."""
+
+    count, index, sent = 1, 0, 0
+
+    def exchange(
+        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
+    ) -> Pending:
+        raise AssertionError("a rank alone has nobody to send to")
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        return list(parts)
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        return part[None]
+
+
+class Links:
+    """A process group of torch's."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.count, self.index, self.sent = group.size(), group.rank(), 0
+
+    def exchange(
+        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
+    ) -> Pending:
+        coming = [like.new_empty(tuple(shape)) for shape in shapes]
+        sent = [tensor.contiguous() for tensor in send]
+        # As one batch: sends and receives that wait for each other in a circle would otherwise deadlock on NCCL.
+        group, operations = self._group, []
+        if to is not None:
+            operations += [dist.P2POp(dist.isend, tensor, group=group, group_peer=to) for tensor in sent]
+            self.sent += sum(tensor.nbytes for tensor in sent)
+        if source is not None:
+            operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=source) for tensor in coming]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return Pending(coming, works, sent)
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        sent = torch.cat(list(parts))
+        received = sent.new_empty(sum(lengths))
+        dist.all_to_all_single(received, sent, list(lengths), [part.numel() for part in parts], group=self._group)
+        self.sent += sent.nbytes - parts[self.index].nbytes
+        return list(torch.split(received, list(lengths)))
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        part = part.contiguous()
+        every = part.new_empty(self.count, *part.shape)
+        dist.all_gather_into_tensor(every.view(-1), part.view(-1), group=self._group)
+        self.sent += part.nbytes * (self.count - 1)
+        return every
+
+
+class PretendedLinks:
+    """Rank 0 of `count`, of which no other exists: what it receives has sizes and lifetimes, and no values."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.index, self.sent = count, 0, 0
+
+    def exchange(
+        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
+    ) -> Pending:
+        sent = [tensor.contiguous() for tensor in send]
+        self.sent += sum(tensor.nbytes for tensor in sent) if to is not None else 0
+        return Pending([like.new_empty(tuple(shape)) for shape in shapes], (), sent)
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        sent = torch.cat(list(parts))
+        self.sent += sent.nbytes - parts[self.index].nbytes
+        return list(torch.split(sent.new_empty(sum(lengths)), list(lengths)))
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        self.sent += part.nbytes * (self.count - 1)
+        return part.new_empty(self.count, *part.shape)

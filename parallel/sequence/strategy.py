@@ -1,0 +1,93 @@
+"""What a strategy of sequence parallelism is, and those there are.
+
+A strategy takes queries, keys and values of this rank's tokens and returns the output of this rank's tokens, as
+attention over the whole rows would give it. Where the tokens lie is told by a `Layout`, which it chooses the cut of.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parallel.config import ParallelConfig, SequenceKind
+from parallel.sequence.layout import Cut, Layout
+from parallel.sequence.links import Connection
+from parallel.sequence.ring import RingAttention
+from parallel.sequence.ulysses import Heads, ToHeads, ToTokens
+
+
+class Strategy(Protocol):
+    """Attention over tokens that lie on several ranks."""
+
+    @property
+    def cut(self) -> Cut:
+        """How rows lie over the ranks of the group."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """Of this rank in the group."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float) -> Tensor:
+        """Return the output (batch, heads, tokens, width) of this rank's tokens; differentiable.
+
+        Args:
+            q: (batch, heads, tokens, width) of this rank's tokens, in the order of `layout`.
+            k, v: (batch, key heads, tokens, width).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Softmax attention: heads over the inner ranks (ulysses), keys and values around the outer ones (ring).
+
+    With one inner rank it is ring attention, with one outer rank Ulysses, with several of both USP (Fang, Zhao 2024,
+    arXiv:2405.07719).
+    """
+
+    cut: Cut
+    index: int
+    inner: Connection
+    outer: Connection
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float) -> Tensor:
+        if self.cut.ulysses == 1:
+            return ring(q, k, v, layout, self.outer, causal, scale)
+        heads = Heads(q.shape[1], k.shape[1], self.cut.ulysses)
+        member = self.index // self.cut.ulysses
+        tokens = [layout.held(member * self.cut.ulysses + piece) for piece in range(self.cut.ulysses)]
+        q, k, v = ToHeads.apply(q, k, v, heads, tokens, self.inner)  # type: ignore[no-untyped-call]
+        groups = heads.groups(self.inner.index)
+        if groups is not None:  # key heads that serve different numbers of query heads
+            order = torch.tensor(groups, device=k.device)
+            k, v = k.index_select(1, order), v.index_select(1, order)
+        out = ring(q, k, v, layout, self.outer, causal, scale)
+        return ToTokens.apply(out, heads, tokens, self.inner)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def ring(q: Tensor, k: Tensor, v: Tensor, layout: Layout, links: Connection, causal: bool, scale: float) -> Tensor:
+    return RingAttention.apply(q, k, v, layout, links, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def cut_of(cfg: ParallelConfig, degree: int, heads: int, key_heads: int) -> Cut:
+    """How `cfg.sequence` lays rows over `degree` ranks.
+
+    Args:
+        heads, key_heads: of the model; USP without `ulysses_degree` gives the inner ranks as many as divide both.
+    """
+    if cfg.sequence is SequenceKind.ulysses:
+        return Cut(ulysses=degree)
+    if cfg.sequence is SequenceKind.ring:
+        return Cut(ring=degree)
+    inner = cfg.ulysses_degree or max(
+        count for count in range(1, degree + 1) if not (degree % count or heads % count or key_heads % count)
+    )
+    return Cut(ring=degree // inner, ulysses=inner)
+
+
+def strategy_of(cfg: ParallelConfig, cut: Cut, index: int, inner: Connection, outer: Connection) -> Strategy:
+    """The strategy `cfg.sequence` names."""
+    return Exact(cut, index, inner, outer)
