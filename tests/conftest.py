@@ -1,8 +1,35 @@
 """Before torch is imported: tests share their cores with others, and use several processes at once."""
 
 import os
+import time
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A step that torch compiles takes 20 s for its first shape; the one test of that sets its own environment.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+BEGAN = time.monotonic()
+WORKERS = 8
+"""At most; each takes 1 GB, and its tests start up to four ranks."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run folders on all cores, whole files at a time since their tests share what was expensive to make; run single
+    files here, where a debugger works and nothing has to start."""
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1 or not all((config.invocation_params.dir / name).is_dir() for name in config.args):
+        return 0
+    config.option.dist, config.option.loadscopereorder = "loadfile", False  # the files of few tests take longest
+    return min(cores, WORKERS)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="begin no test after so many minutes; those left out are listed")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() > BEGAN + 60 * minutes:
+        pytest.skip(f"not begun within --minutes={minutes:g}")

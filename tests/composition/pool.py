@@ -1,6 +1,5 @@
 """Processes that stay: one process group for many combinations, begun anew after a crash or a hang."""
 
-import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tests.composition.case import Job, Report, run_job
-from tests.ranks import free_port
+from tests.ranks import enter, fork_server, free_port
 
 SECONDS = 120.0
 """A combination takes about a second; one that takes this long waits for something that will not come."""
@@ -17,16 +16,9 @@ GRACE = 3.0
 """Seconds the other ranks may take to end once one has crashed: those left wait for it in a collective."""
 
 
-def work(rank: int, count: int, port: int, jobs: Connection) -> None:
+def work(environment: dict[str, str], rank: int, count: int, port: int, jobs: Connection) -> None:
     """One process of a pool: join the group as under torchrun, then do jobs until there are no more."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    enter(environment, rank, count, port)
     from parallel.config import ParallelConfig
     from parallel.launch import connected
     from trainer.checkpoint import files
@@ -72,12 +64,11 @@ class Pool:
         return found
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.composition.case", "transformers.models.llama.modeling_llama"])
+        context = fork_server()
         port = free_port()
         for rank in range(self.count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(rank, self.count, port, theirs), daemon=True)
+            process = context.Process(target=work, args=(dict(os.environ), rank, self.count, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)

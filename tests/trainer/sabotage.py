@@ -1,12 +1,14 @@
-"""`python -m tests.trainer.sabotage KIND ARGUMENTS...`: the command line, with something that goes wrong on rank 1."""
+"""The command line, with something that goes wrong on rank 1."""
 
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from tests.ranks import enter
 from trainer.cli.main import main
 
 
@@ -57,7 +59,11 @@ def sabotage(kind: str) -> None:
     setattr(owner, name, nth(call, then, getattr(owner, name)))
 
 
-if __name__ == "__main__":
-    if os.environ["RANK"] == "1" and sys.argv[1] != "nothing":
-        sabotage(sys.argv[1])
-    sys.exit(main(sys.argv[2:], default="train"))
+def command(place: tuple[Any, ...], kind: str, arguments: list[str], log: Path) -> NoReturn:
+    """The command line in a process of its own, which goes to `place` (of `tests.ranks.enter`) and writes to `log`."""
+    enter(*place)
+    for descriptor, path in ((1, os.devnull), (2, log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+    if os.environ["RANK"] == "1" and kind != "nothing":
+        sabotage(kind)
+    sys.exit(main(arguments, default="train"))

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from tests.ranks import fork_server
 from trainer.checkpoint import CheckpointSaveError, CheckpointStore, files
 from trainer.errors import UserError
 
@@ -187,11 +187,11 @@ def process(rank: int, tmp: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp = tmp_path_factory.mktemp("ranks")
-    context = mp.get_context("spawn")
+    context = fork_server()
     processes = [context.Process(target=process, args=(rank, str(tmp))) for rank in range(WORLD)]
     for each in processes:
         each.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     for each in processes:
         each.join(timeout=max(0.0, deadline - time.monotonic()))
         each.kill()

@@ -2,17 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import free_port
+from tests.ranks import fork_server, free_port
+from tests.trainer.sabotage import command
 from trainer.metrics import read_metrics
 
-REPO = Path(__file__).parents[2]
 WAIT = 15
 """Seconds a collective may wait here."""
 LIMIT = 120
@@ -35,29 +33,25 @@ def job(kind: str, text: Path, folder: Path, *more: str, ranks: tuple[int, ...] 
         *("train.log_every=1", "run.device=cpu", f"run.dir={folder}", "checkpoint.every=2"),
         *(f"parallel.timeout={WAIT}", *more),
     ]
-    port = str(free_port())
-    started = []
-    for rank in ranks:
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.trainer.sabotage", kind, *overrides]
-        started.append(
-            subprocess.Popen(
-                command, cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
-        )
+    port, logs = free_port(), [folder.parent / f"{kind}.{rank}" for rank in ranks]
+    places = [(dict(os.environ), rank, 2, port) for rank in ranks]
+    started = [
+        fork_server().Process(target=command, args=(place, kind, overrides, log), daemon=True)
+        for place, log in zip(places, logs, strict=True)
+    ]
+    for process in started:
+        process.start()
     deadline = time.monotonic() + LIMIT
-    found = []
     try:
         for rank, process in zip(ranks, started, strict=True):
             if kind == "stalls" and rank == 1:  # a launcher ends what is left when one rank has ended
                 process.kill()
-            _, errors = process.communicate(timeout=deadline - time.monotonic())
-            found.append((process.returncode, errors))
+            process.join(deadline - time.monotonic())
+            assert process.exitcode is not None, f"{kind}: rank {rank} has not ended after {LIMIT} s"
     finally:
         for process in started:
             process.kill()
-    return found
+    return [(int(str(process.exitcode)), log.read_text()) for process, log in zip(started, logs, strict=True)]
 
 
 def steps(folder: Path) -> list[int]:
