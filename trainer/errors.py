@@ -23,3 +23,9 @@ class RankFailed(TrainingStopped):
     def __init__(self, text: str, *, speaks: bool) -> None:
         super().__init__(text)
         self.speaks = speaks
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none, for a message of our own."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:300]

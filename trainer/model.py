@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optim.int8_model import quantize_weights
 from parallel.mesh import Share
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.precision import Int8Matrices, torch_dtype, widen
 from trainer.rows import draw_rows, without_storage
 from trainer.schema import Dtype, Initial, ModelConfig
@@ -179,8 +179,3 @@ def parameter_count(model: nn.Module) -> int:
 def global_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter; DeepSpeed's ZeRO-3 leaves an empty tensor between its uses."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, for use inside a message of our own."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -43,9 +43,9 @@ from trainer.data.files import local_path
 from trainer.data.hub import go_offline
 from trainer.data.tokenizer import load_tokenizer, vocabulary_size
 from trainer.engines.torch_engine import TorchEngine
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.memory import MemoryMeter, Peak, Timeline
-from trainer.model import build_model, check_length, check_vocabulary, first_line, model_config, parameter_count
+from trainer.model import build_model, check_length, check_vocabulary, model_config, parameter_count
 from trainer.precision import int8_matrices
 from trainer.schema import ClipBy, Config, Device, Dtype, Initial
 from trainer.step import kept_notes, train_step

@@ -20,12 +20,11 @@ from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.stream import TrainStream
 from trainer.environment import environment
-from trainer.errors import RankFailed, TrainingStopped, UserError
+from trainer.errors import RankFailed, TrainingStopped, UserError, first_line
 from trainer.folder import differences, identity, open_folder, plain, save_config
 from trainer.loop import Run, save, train
 from trainer.memory import by_kind_line, format_bytes
 from trainer.metrics import Throughput
-from trainer.model import first_line
 from trainer.recorder import Recorder
 from trainer.schema import Config, Dtype
 from trainer.signals import Interrupted, StopRequest

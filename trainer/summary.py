@@ -13,11 +13,12 @@ from trainer.build import Built
 from trainer.display.plots import plot_loss, plot_memory
 from trainer.display.progress import RunInfo
 from trainer.display.report import Memory, Outcome, print_report
+from trainer.errors import first_line
 from trainer.folder import RunFolder
 from trainer.loop import Run
 from trainer.memory import Peak
 from trainer.metrics import read_metrics
-from trainer.model import first_line, global_shape, parameter_count
+from trainer.model import global_shape, parameter_count
 from trainer.plan import predict
 from trainer.precision import precision_text, torch_dtype
 from trainer.recorder import Recorder

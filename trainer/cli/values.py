@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.cli import store
 from trainer.cli.overrides import Findings, hints, known_options, listing
+from trainer.errors import first_line
 from trainer.nearest import hint, nearest
 
 FREE = "deepspeed."
@@ -130,7 +131,3 @@ def unresolved(cfg: DictConfig, override: Override, found: Findings) -> bool:
         found.add(f"{override.input_line}: the reference cannot be followed ({first_line(error)}); give a value", key)
         return True
     return False
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -8,9 +8,9 @@ import datasets
 
 from trainer.data.config import DataConfig
 from trainer.data.files import is_visible_file, local_path
-from trainer.data.hub import first_line, is_reachable, not_found
+from trainer.data.hub import is_reachable, not_found
 from trainer.data.sources import Source, extract, files_identity
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 
 def hub_source(cfg: DataConfig, split: str) -> Source:

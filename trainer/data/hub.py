@@ -6,7 +6,7 @@ uses what it has cached, or says at once that it has nothing.
 
 from functools import lru_cache
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 
 @lru_cache(maxsize=1)
@@ -47,9 +47,3 @@ def not_found(option: str, name: str, error: Exception) -> UserError:
         f"{option}={name}: there is no such local path, the Hugging Face hub cannot be reached, and its cache "
         "does not hold it. Give a local path, or connect once to fill the cache."
     )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]

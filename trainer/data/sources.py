@@ -18,8 +18,7 @@ from trainer.data.chat import messages_of
 from trainer.data.config import DataConfig
 from trainer.data.config import Source as Kind
 from trainer.data.files import JSON_SUFFIXES, TEXT_SUFFIXES, file_problems, find_files
-from trainer.data.hub import first_line
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 """Folders of the standard library's tree that are not the library."""

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.data.files import local_path
-from trainer.data.hub import first_line, is_reachable, not_found
-from trainer.errors import UserError
+from trainer.data.hub import is_reachable, not_found
+from trainer.errors import UserError, first_line
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "<|end▁of▁sentence|>")
 """What a bare tokenizer.json, which does not say, may call the end of a document; the first present is taken."""

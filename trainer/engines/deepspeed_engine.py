@@ -27,8 +27,7 @@ from trainer.engines import deepspeed_config
 from trainer.engines.base import Numbers
 from trainer.engines.partition import FlatPart, flat_partitions, held_of, segments
 from trainer.engines.partitioned import PartitionedOptimizer
-from trainer.errors import UserError
-from trainer.model import first_line
+from trainer.errors import UserError, first_line
 from trainer.schema import Config
 from trainer.state import model_tensors, parameter_names
 
