@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ def composed(*overrides: str) -> Config:
     return loaded
 
 
-@pytest.mark.parametrize("recipe", [None, *recipes.names()])
+@pytest.mark.parametrize("recipe", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in recipes.names())])
 @pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] != "recipe"], ids=str)
 def test_every_choice_composes_alone_and_with_every_recipe(group: str, choice: str, recipe: str | None) -> None:
     cfg = composed(f"{group}={choice}", *([f"recipe={recipe}"] if recipe else []))
@@ -190,16 +189,13 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
             load_saved(path)
 
 
-def test_the_configuration_is_good_or_refused_without_torch_and_within_five_seconds() -> None:
+def test_the_configuration_is_good_or_refused_without_torch() -> None:
     script = (
         "import sys, json\nfrom trainer.cli.main import main\ncode = main(['train', 'optim.lr=-1', 'tran.steps=3'])\n"
         "print(json.dumps([code, [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]]))"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - start
     assert json.loads(done.stdout) == [2, []]
-    assert seconds < 5, f"{seconds:.1f} s; 0.5 s on an idle machine"
 
 
 def test_pyproject_packs_every_folder_with_code_or_configuration() -> None:
