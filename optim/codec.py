@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from optim.codebook import book
+from optim.codebook import book, look_up
 from parallel.dtensor import Layout
 
 SMALLEST = 4096
@@ -126,34 +126,40 @@ class Blocks(Codec):
         if full * self.block < matrix.shape[1]:
             yield slice(full, full + 1), matrix[:, full * self.block :].unsqueeze(1)
 
+    def whole(self, flat: Tensor) -> Tensor:
+        """A matrix of values as (rows, blocks, block): a view, or a copy where a row ends inside a block, with zeros
+        behind. Two parts of strange strides would take half as long again as that copy."""
+        rows, width = flat.shape
+        blocks = -(-width // self.block)
+        if width % self.block:
+            padded = flat.new_empty(rows, blocks * self.block)
+            padded[:, :width] = flat
+            padded[:, width:] = 0
+            flat = padded
+        return flat.view(rows, blocks, self.block)
+
 
 class Dynamic(Blocks):
     """8 or 4 bits: the nearest value of a code book times the largest magnitude of the block."""
 
     def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
         codes, scale = state[key][rows], state[key + "_scale"][rows]
-        table = book(self.bits, signed, codes)
-        if self.bits == 8:
-            values = table.decode(codes).view(codes.shape)
-        else:
-            single = unpack(codes)
-            values = table.decode(single).view(single.shape)
+        values = book(self.bits, signed, codes).decode(codes).view(len(codes), codes.shape[1] * 8 // self.bits)
         for blocks, part in self.parts(values):
             part.mul_(scale[:, blocks, None])
         return values.to(wide)
 
     def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
         codes, scale = state[key][rows], state[key + "_scale"][rows]
-        flat = values.flatten(1)
-        unit = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
-        for (blocks, part), (_, out) in zip(self.parts(flat), self.parts(unit), strict=True):
-            largest = (torch.maximum(part.amax(-1), -part.amin(-1)) if signed else part.amax(-1)).float()
-            scale[:, blocks] = largest
-            torch.mul(part, largest.clamp(min=TINY).reciprocal().unsqueeze(-1), out=out)
-        found = book(self.bits, signed, codes).encode(unit).view(unit.shape)
+        blocks = self.whole(values.flatten(1))
+        largest = (torch.maximum(blocks.amax(-1), -blocks.amin(-1)) if signed else blocks.amax(-1)).float()
+        scale.copy_(largest)
+        unit = torch.empty(blocks.shape, dtype=torch.float32, device=blocks.device)
+        torch.mul(blocks, largest.clamp_(min=TINY).reciprocal_().unsqueeze(-1), out=unit)
+        found = book(self.bits, signed, codes).encode(unit).view(len(codes), blocks.shape[1] * self.block)
         if self.bits == 4:
             found = pack(found)
-        codes.copy_(found)
+        codes.copy_(found[:, : codes.shape[1]])
 
 
 class Expanded(Blocks):
@@ -171,7 +177,7 @@ class Expanded(Blocks):
         index = codes.int()
         for blocks, part in self.parts(index):
             part.add_(first[:, blocks, None])
-        values = roots(codes).index_select(0, index.view(-1)).view(codes.shape)
+        values = look_up(roots(codes), index.view(-1)).view(codes.shape)
         for blocks, part in self.parts(values):
             part.mul_(scale[:, blocks, None])
         return values.to(wide)
@@ -179,19 +185,23 @@ class Expanded(Blocks):
     def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
         codes, scale, power = (state[key + suffix][rows] for suffix in ("", *self.extra))
         flat = values.flatten(1)
-        unit = flat.abs().float()
-        # As whole numbers the bits of magnitudes are in order; one less, and a zero does not count as the smallest.
-        below = unit.view(torch.int32).sub(1).bitwise_and_(LARGEST_INT)
-        for (blocks, out), (_, bits) in zip(self.parts(unit), self.parts(below), strict=True):
-            largest = out.amax(-1)
-            smallest = bits.amin(-1).add_(1).clamp_(0, INFINITY).view(torch.float32)
-            k = expansion(largest, torch.minimum(smallest, largest))  # of zeros alone, 0
-            scale[:, blocks], power[:, blocks] = largest, k
-            out.mul_(largest.clamp(min=TINY).reciprocal().unsqueeze(-1)).log2_().mul_((k * LN2).unsqueeze(-1))
-        unit.exp_().mul_(E4M3_MAX).clamp_(max=E4M3_MAX)  # torch's cast makes NaN of more
+        unit = self.whole(flat.abs() if signed else flat).float()
+        # As whole numbers the bits of magnitudes are in order; added to this, modulo 2**32, a zero becomes the largest
+        # of them and all others keep their order, so that the least is that of the smallest magnitude but zero.
+        least = unit.view(torch.int32).add(LARGEST_INT).amin(-1)
+        smallest = least.sub_(LARGEST_INT).clamp_(0, INFINITY).view(torch.float32)
+        largest = unit.amax(-1)
+        k = expansion(largest, torch.minimum(smallest, largest))  # of zeros alone, 0
+        scale.copy_(largest)
+        power.copy_(k)
+        inverse = largest.clamp_(min=TINY).reciprocal_().unsqueeze(-1)
+        unit = unit.mul_(inverse) if signed else unit * inverse
+        # At most 448.01, which the cast rounds down; it makes NaN of 464 and more.
+        unit.log2_().mul_(k.mul_(LN2).unsqueeze(-1)).exp_().mul_(E4M3_MAX)
+        found = unit.flatten(1)[:, : flat.shape[1]]
         if signed:
-            unit.copysign_(flat)
-        codes.view(torch.float8_e4m3fn).copy_(unit)
+            found.copysign_(flat)
+        codes.view(torch.float8_e4m3fn).copy_(found)
 
 
 def roots(like: Tensor) -> Tensor:
