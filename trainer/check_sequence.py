@@ -23,8 +23,7 @@ def check_attention(cfg: Config, config: Any, ranks: int) -> tuple[int, int]:
     Raises:
         UserError: with everything that cannot be had at this degree.
     """
-    heads = next((int(getattr(config, key)) for key in HEAD_KEYS if getattr(config, key, None)), 0)
-    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    heads, key_heads = heads_of(config)
     asked = f"parallel.sequence={cfg.parallel.sequence.value}"
     found = [f"{asked}: {what}" for what in (*window_problems(cfg, config), *score_problems(config))]
     if not heads:
@@ -46,6 +45,12 @@ def check_attention(cfg: Config, config: Any, ranks: int) -> tuple[int, int]:
     if found:
         raise UserError("\n".join(found))
     return heads, key_heads
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """Heads and key heads of a model's attention; 0 where its configuration has no name for them."""
+    heads = next((int(getattr(config, key)) for key in HEAD_KEYS if getattr(config, key, None)), 0)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def head_problems(cfg: Config, ranks: int, heads: int, key_heads: int) -> list[str]:

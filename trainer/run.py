@@ -27,6 +27,7 @@ from trainer.memory import by_kind_line, format_bytes
 from trainer.metrics import Throughput
 from trainer.recorder import Recorder
 from trainer.schema import Config, Dtype
+from trainer.sequence import sequence_text
 from trainer.signals import Interrupted, StopRequest
 from trainer.state import restore
 from trainer.step import kept_notes
@@ -84,6 +85,8 @@ def run_watched(cfg: Config) -> Result:
         laid_out = spread_text(world, cfg.parallel) if cfg.parallel.engine is EngineName.torch else None
         if laid_out:
             recorder.notice(laid_out)
+        if built.strategy is not None:
+            recorder.notice(sequence_text(cfg, world, built.model_config, built.strategy))
         training = begin(built, store, recorder, stop, checkpoint)
         watch.where = training.place
         tell_uncoded(built, recorder)

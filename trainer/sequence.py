@@ -14,16 +14,20 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from offload.config import Fate
 from parallel.collectives import any_rank
+from parallel.config import SequenceKind
 from parallel.launch import World
+from parallel.sequence.cost import Shape
 from parallel.sequence.group import make_strategy
 from parallel.sequence.interface import NAME, Share, Unsupported, register
 from parallel.sequence.layout import Layout, document_starts
 from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
-from trainer.check_sequence import check_attention
+from trainer.check_sequence import check_attention, heads_of
 from trainer.data.batch import Batch
 from trainer.errors import UserError
+from trainer.memory import format_bytes
 from trainer.precision import autocast
 from trainer.schema import Config, Dtype
 
@@ -122,6 +126,24 @@ def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def sequence_text(strategy: Strategy | None, cfg: Config, config: transformers.PretrainedConfig) -> str | None:
-    """Say what splitting rows costs and saves; None where they are whole."""
-    return None
+def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConfig, strategy: Strategy) -> str:
+    """Say what sharing rows costs a rank and what it saves."""
+    text = config.get_text_config()
+    heads, key_heads = heads_of(text)
+    train, length, cut = cfg.train, cfg.data.sequence_length, strategy.cut
+    value_bytes = {Dtype.fp64: 8, Dtype.fp32: 4, Dtype.bf16: 2}[cfg.precision.compute]
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    micro = min(train.micro_batch, train.global_batch // world.data_count)
+    shape = Shape(micro, length, heads, key_heads, width, value_bytes)
+    cost, layers = strategy.cost(shape), int(text.num_hidden_layers)
+    forwards = 2 if cfg.activations.fate in (Fate.recompute, Fate.selective) else 1
+    micro_steps = train.global_batch // world.data_count // micro
+    step = (forwards * cost.forward + cost.backward) * layers * micro_steps
+    how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(cfg.parallel.sequence, "")
+    held = sum(map(len, cut.of_rank(length, strategy.index)))
+    return (
+        f"parallel.sequence={cfg.parallel.sequence.value}: {cut.degree} ranks share each row{how}, {held:,} of "
+        f"{length:,} tokens here; a layer sends {format_bytes(cost.forward)} forward and "
+        f"{format_bytes(cost.backward)} backward a micro-batch, {format_bytes(step)} a step in all; its attention keeps {format_bytes(cost.kept)} for backward "
+        f"(whole rows: {format_bytes(shape.whole_kept)}) and holds {format_bytes(cost.working)} more while it runs"
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parallel.config import ParallelConfig, SequenceKind
+from parallel.sequence.cost import Cost, ExactCost, Shape
 from parallel.sequence.layout import Cut, Layout
 from parallel.sequence.links import Connection
 from parallel.sequence.ring import RingAttention
@@ -39,6 +40,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def cost(self, shape: Shape) -> Cost:
+        """Return what this rank sends, keeps and holds for a layer."""
+        ...
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -52,6 +57,9 @@ class Exact:
     index: int
     inner: Connection
     outer: Connection
+
+    def cost(self, shape: Shape) -> Cost:
+        return ExactCost(self.cut, self.index, shape).of()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float) -> Tensor:
         if self.cut.ulysses == 1:

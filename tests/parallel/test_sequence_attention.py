@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.sequence.layout import Cut, Layout
+from parallel.sequence.cost import ExactCost, Shape
+from parallel.sequence.kernels import attend, attend_backward, attend_by_products, backward_by_products
+from parallel.sequence.layout import Cut, Layout, document_starts
+from parallel.sequence.ring import merge_
 from parallel.sequence.strategy import Exact
 from tests.parallel.simulated import ThreadLinks, Wire, dense, on_threads
 
@@ -108,3 +111,102 @@ def test_split_attention_is_attention(cut: str, heads: str, documents: str, caus
 @pytest.mark.parametrize("cut", CUTS)
 def test_split_attention_is_attention_in_every_case(cut: str, heads: str, documents: str, causal: bool) -> None:
     test_split_attention_is_attention(cut, heads, documents, causal)
+
+
+@pytest.mark.parametrize("cut", ["ulysses 3", "ring 3", "usp 2 x 2"])
+def test_a_changed_document_leaves_the_others_bit_equal(cut: str) -> None:
+    layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
+    inputs = tensors((6, 2), torch.float32)
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[0, :, 6:17] += 1
+    before, after = split(CUTS[cut], inputs, layout, True), split(CUTS[cut], changed, layout, True)
+    for one, other in zip([before.out, *before.gradients], [after.out, *after.gradients], strict=True):
+        assert not torch.equal(one[0, :, 6:17], other[0, :, 6:17])
+        for same in (one[0, :, :6] - other[0, :, :6], one[0, :, 17:] - other[0, :, 17:], one[1] - other[1]):
+            assert not same.any()
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("cut", CUTS)
+def test_bytes_sent_are_those_that_are_told(cut: str, heads: str) -> None:
+    layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
+    inputs = tensors(HEADS[heads], torch.float32)
+    costs = [each.cost(Shape(2, LENGTH, *HEADS[heads], 8, 4)) for each in members(CUTS[cut])]
+    assert split(CUTS[cut], inputs, layout, True).sent == [cost.forward + cost.backward for cost in costs]
+
+
+def test_bytes_sent_are_those_of_the_papers() -> None:
+    """For bf16, and a length and heads that divide; see the head of `ring.py` and of `ulysses.py`."""
+    length, heads, keys, width, ranks = 64, 8, 4, 16, 4
+    shape = Shape(1, length, heads, keys, width, 2)
+    ulysses, ring = ExactCost(Cut(ulysses=ranks), 1, shape).of(), ExactCost(Cut(ring=ranks), 1, shape).of()
+    exchanged = (2 * heads + 2 * keys) * width * 2 * length * (ranks - 1) // ranks**2
+    assert (ulysses.forward, ulysses.backward) == (exchanged, exchanged)
+    passed = 2 * keys * width * 2 * length * (ranks - 1) // ranks
+    assert (ring.forward, ring.backward) == (passed, passed + 2 * keys * width * 4 * length)
+    fewer = ExactCost(Cut(ulysses=ranks), 1, Shape(1, length, heads, 1, width, 2)).of()
+    assert fewer.forward == (2 * heads + 2 * ranks) * width * 2 * length * (ranks - 1) // ranks**2
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_causal_work_is_even_in_zigzag_order(ranks: int) -> None:
+    work = [Layout(Cut(ring=ranks), 1000, ((0,),)).pairs(rank) for rank in range(ranks)]
+    assert max(work) < 1.05 * min(work)
+    assert sum(work) == 1000 * 1001 // 2  # each pair once
+    uneven = [Layout(Cut(ring=ranks, zigzag=False), 1000, ((0,),)).pairs(rank) for rank in range(ranks)]
+    assert max(uneven) > 2.9 * min(uneven)
+
+
+def test_kernels_compute_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def counting(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        queries, keys = q.shape[2], k.shape[2]
+        computed.append(q.shape[0] * (queries * (queries + 1) // 2 if causal else queries * keys))
+        return attend(q, k, v, causal, scale)
+
+    monkeypatch.setattr("parallel.sequence.ring.attend", counting)
+    layout = Layout(CUTS["ring 3"], LENGTH, DOCUMENTS["packed"])
+    split(CUTS["ring 3"], tensors((2, 2), torch.float32), layout, True)
+    assert sum(computed) == sum(layout.pairs(member) for member in range(3))
+    borders = [(*starts, LENGTH) for starts in layout.documents]
+    sizes = [end - begin for row in borders for begin, end in zip(row, row[1:], strict=False)]
+    assert sum(computed) == sum(size * (size + 1) // 2 for size in sizes)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_each_token_lies_on_one_rank_and_comes_back(cut: str) -> None:
+    for length in (8, 29, 64):
+        layout = Layout(CUTS[cut], length, ((0,),))
+        rows = torch.arange(2 * length).view(2, length)
+        parts = [layout.take(rows, rank) for rank in range(CUTS[cut].degree)]
+        assert torch.equal(layout.put(parts), rows)
+        assert max(part.shape[1] for part in parts) - min(part.shape[1] for part in parts) <= 2
+
+
+def test_documents_begin_where_positions_do_not_go_on() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]])
+    assert document_starts(positions) == ((0, 3, 4, 5), (0,))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_products_are_the_kernel(causal: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where no kernel of torch's takes the tensors, some rows at a time."""
+    monkeypatch.setattr("parallel.sequence.kernels.SCORES_AT_ONCE", 2 * 4 * LENGTH * 5)
+    q, k, v, grad = tensors(heads, torch.float64)
+    for one, other in zip(attend_by_products(q, k, v, causal, 0.3), attend(q, k, v, causal, 0.3), strict=True):
+        torch.testing.assert_close(one, other)
+    given = grad, q, k, v, *attend(q, k, v, causal, 0.3), causal, 0.3
+    for one, other in zip(backward_by_products(*given), attend_backward(*given), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_merging_stays_finite_far_from_zero() -> None:
+    """exp of the sums themselves would overflow; a row that has seen nothing takes over what comes."""
+    out, lse = torch.zeros(1, 1, 3, 2), torch.tensor([[[float("-inf"), 500.0, -500.0]]])
+    part, part_lse = torch.ones(1, 1, 3, 2), torch.tensor([[[3.0, -500.0, 500.0]]])
+    merge_(out, lse, part, part_lse)
+    assert out[..., 0].tolist() == [[[1.0, 0.0, 1.0]]]
+    assert lse.tolist() == [[[3.0, 500.0, 500.0]]]

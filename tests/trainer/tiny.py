@@ -47,16 +47,14 @@ def trainable(world: World, overrides: Sequence[str]) -> Trainable:
     return make_trainable(cfg, world, model)
 
 
-def step_batch(world: World, micro_batch: int, rows: int, step: int) -> StepBatch:
+def step_batch(world: World, micro_batch: int, rows: int, step: int, length: int = LENGTH) -> StepBatch:
     """This rank's rows of step number `step`; a third of the targets is left out, unevenly over the rows."""
     generator = torch.Generator().manual_seed(1000 + step)
-    ids = torch.randint(3, VOCABULARY, (rows, LENGTH + 1), generator=generator)
+    ids = torch.randint(3, VOCABULARY, (rows, length + 1), generator=generator)
     labels = ids[:, 1:].clone()
     labels[torch.rand(labels.shape, generator=generator) < torch.linspace(0, 0.6, rows)[:, None]] = -100
-    share = slice(
-        world.process_rank * rows // world.process_count, (world.process_rank + 1) * rows // world.process_count
-    )
-    positions = torch.arange(LENGTH).expand(rows, LENGTH)
+    share = slice(world.data_rank * rows // world.data_count, (world.data_rank + 1) * rows // world.data_count)
+    positions = torch.arange(length).expand(rows, length)
     mine = Batch(ids[share, :-1].contiguous(), labels[share].contiguous(), positions[share].contiguous())
     return StepBatch(mine.split(micro_batch), targets=int((labels != -100).sum()), first_sample=0)
 

@@ -1,0 +1,106 @@
+"""Training with rows split over gloo ranks is the training of one process: losses, norms, weights."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.collectives import sum_over_ranks
+from parallel.config import ParallelConfig
+from parallel.launch import World, connected
+from tests.ranks import on_ranks
+from tests.trainer.tiny import step_batch, trainable
+from trainer.cli.compose import load
+from trainer.data.batch import StepBatch
+from trainer.step import train_step
+
+LENGTH = 31
+"""Divided by no number of ranks."""
+COMMON = (
+    f"data.sequence_length={LENGTH}", "train.global_batch=4", "train.micro_batch=2", "schedule=constant",
+    "precision=fp64", "train.steps=10",
+)  # fmt: skip
+ADAMW, GALORE = "optim=adamw", "optim=galore optim.rank=8 optim.update_proj_gap=4"
+HOST = "activations=host activations.min_bytes=256"
+QUICK = [
+    (ADAMW, "parallel.sequence=ulysses parallel.zero=0 train.micro_batch=4"),
+    (GALORE, f"parallel.sequence=ring parallel.zero=3 {HOST}"),
+    (ADAMW, "parallel.sequence=ring parallel.zero=0 activations=recompute"),
+]
+"""For two ranks."""
+FOUR = [
+    (GALORE, "parallel.sequence=usp parallel.zero=3 activations=recompute"),
+    (ADAMW, "parallel.sequence=usp parallel.ulysses_degree=2 parallel.zero=0"),
+    (ADAMW, f"parallel.sequence=ring parallel.sequence_degree=2 parallel.zero=3 {HOST}"),
+    (ADAMW, "parallel.sequence=ring parallel.sequence_degree=2 parallel.zero=2 parallel.replicas=2"),
+    (GALORE, "parallel.sequence=ulysses parallel.sequence_degree=2 parallel.zero=0"),
+    (GALORE, "parallel.sequence=ring parallel.zero=1"),
+    (ADAMW, "parallel.sequence=ulysses parallel.zero=3"),
+    (ADAMW, "parallel.sequence=ring optim.in_backward=true train.clip_by=parameter"),
+    (GALORE, "parallel.sequence=ring optim.in_backward=true train.clip_by=parameter parallel.zero=3"),
+    (ADAMW, "parallel.sequence=ring activations=selective activations.lean=true"),
+    (ADAMW, "parallel.sequence=ulysses activations.lean=true activations.tile_mlp=3"),
+]
+Trained = tuple[list[list[float]], dict[str, torch.Tensor]]
+
+
+def packed(world: World, micro_batch: int, step: int) -> StepBatch:
+    """Rows of documents that end anywhere; the first half of the tokens of odd steps has no targets, so that the ranks
+    that hold it have none."""
+    made = step_batch(world, micro_batch, 4, step, length=LENGTH)
+    positions = torch.cat([torch.arange(11), torch.arange(1), torch.arange(LENGTH - 12)])
+    micros = [replace(micro, position_ids=positions.expand(len(micro), -1).contiguous()) for micro in made.micros]
+    return replace(made, micros=micros)
+
+
+def train(world: World, overrides: str, steps: int = 10) -> Trained:
+    """Loss, norm and whether applied of each step, and the weights at the end."""
+    asked = [*COMMON, *overrides.split()]
+    cfg = load(asked)
+    world = replace(world, sequence_degree=cfg.parallel.degree(world.process_count))
+    built = trainable(world, asked)
+    found = []
+    for step in range(steps):
+        stepped = train_step(built, packed(world, cfg.train.micro_batch, step), step, 0)
+        loss = sum_over_ranks(world, stepped.loss).item()
+        found.append([loss, stepped.norm or 0.0, float(stepped.applied)])
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in built.model.named_parameters()}
+    return found, {name: p.detach().clone() for name, p in whole.items()}
+
+
+def train_all(cases: list[tuple[str, str]]) -> list[tuple[list[list[float]], dict[str, Any]]]:
+    with connected(ParallelConfig(), "cpu", threads=1) as world:
+        trained = [train(world, f"{optim} {layout}") for optim, layout in cases]
+    # lists and not tensors: those would be shared by a process that ends here
+    return [(records, {name: p.tolist() for name, p in weights.items()}) for records, weights in trained]
+
+
+def check(cases: list[tuple[str, str]], ranks: int) -> None:
+    for case, found in zip(cases, zip(*on_ranks(ranks, train_all, cases), strict=True), strict=True):
+        in_backward = "clip_by" in case[1]  # which does not know the global norm
+        records, weights = train(World(), f"{case[0]} {'train.clip_by=parameter' if in_backward else ''}")
+        for rank_records, rank_weights in found:
+            steps = [
+                torch.tensor(each)[:, :1] if in_backward else torch.tensor(each) for each in (rank_records, records)
+            ]
+            torch.testing.assert_close(*steps, rtol=1e-5, atol=1e-9, msg=lambda text, case=case: f"{case}: {text}")
+            for name, p in weights.items():
+                found_p = torch.tensor(rank_weights[name], dtype=p.dtype)
+                torch.testing.assert_close(
+                    found_p, p, rtol=1e-5, atol=1e-7, msg=lambda text, case=case: f"{case}: {text}"
+                )
+
+
+def test_two_ranks_that_share_rows_train_as_one_process() -> None:
+    check(QUICK, 2)
+
+
+@pytest.mark.slow
+def test_four_ranks_that_share_rows_train_as_one_process() -> None:
+    check(FOUR, 4)
+
+
+@pytest.mark.slow
+def test_three_ranks_that_share_rows_train_as_one_process() -> None:
+    check(QUICK, 3)
