@@ -141,9 +141,10 @@ def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConf
     step = (forwards * cost.forward + cost.backward) * layers * micro_steps
     how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(cfg.parallel.sequence, "")
     held = sum(map(len, cut.of_rank(length, strategy.index)))
+    sent = f"{format_bytes(cost.forward)} forward and {format_bytes(cost.backward)} backward"
+    kept = f"{format_bytes(cost.kept)} for backward (whole rows: {format_bytes(shape.whole_kept)})"
     return (
         f"parallel.sequence={cfg.parallel.sequence.value}: {cut.degree} ranks share each row{how}, {held:,} of "
-        f"{length:,} tokens here; a layer sends {format_bytes(cost.forward)} forward and "
-        f"{format_bytes(cost.backward)} backward a micro-batch, {format_bytes(step)} a step in all; its attention keeps {format_bytes(cost.kept)} for backward "
-        f"(whole rows: {format_bytes(shape.whole_kept)}) and holds {format_bytes(cost.working)} more while it runs"
+        f"{length:,} tokens here; a layer sends {sent} a micro-batch, {format_bytes(step)} a step in all; its "
+        f"attention keeps {kept} and holds {format_bytes(cost.working)} more while it runs"
     )
