@@ -10,13 +10,10 @@ import pytest
 import torch
 
 from optim import GaLoreAdamW
+from tests.optim.authors import randn, steps
 
 SHAPES = {(512, 512): 256, (128, 512): 64, (512, 300): 256, (330, 290): 256}
 """Square, wide, tall, ragged, and ranks with which rows of R are whole blocks: R is (512, 256), (64, 512) and so on."""
-
-
-def randn(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -63,12 +60,7 @@ def run(authors, weight_decay, *, quant, shapes=SHAPES):
         ],
         **options,
     )
-    for step in range(20):
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            a.grad = randn(*a.shape, seed=1000 * (step + 1) + i)
-            b.grad = a.grad.clone()
-        first.step()
-        second.step()
+    for _ in steps(first, second, ours, theirs):
         yield from zip(ours, theirs, start, strict=True)
 
 
