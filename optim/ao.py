@@ -38,6 +38,7 @@ class Torchao(LibraryOptimizer):
     """
 
     package = "torchao"
+    kinds = KINDS
 
     def __init__(
         self,
@@ -53,11 +54,6 @@ class Torchao(LibraryOptimizer):
     ) -> None:
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "kind": kind, "compile": compile}
         super().__init__(params, own, rounding)
-
-    def check_options(self, group: Group) -> None:
-        if group["kind"] not in KINDS:
-            raise ValueError(f"kind={group['kind']!r}: must be one of {', '.join(KINDS)}")
-        super().check_options(group)
 
     @classmethod
     def layout(cls, shape: Sequence[int], group: Group) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -8,7 +8,7 @@ offers itself.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class LibraryOptimizer(MemoryOptimizer):
 
     package = ""
     """Name under which it is installed and imported."""
+    kinds: Mapping[str, Any] = {}
+    """Its classes that are known here; `kind` of a group is one of them."""
 
     def __init__(self, params: Any, defaults: Group, rounding: str) -> None:
         if importlib.util.find_spec(self.package) is None:
@@ -35,6 +37,11 @@ class LibraryOptimizer(MemoryOptimizer):
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding={rounding!r}: must be one of nearest, stochastic")
         super().__init__(params, {**defaults, "rounding": rounding})
+
+    def check_options(self, group: Group) -> None:
+        if group["kind"] not in self.kinds:
+            raise ValueError(f"kind={group['kind']!r}: must be one of {', '.join(self.kinds)}")
+        super().check_options(group)
 
     @classmethod
     def layout(cls, shape: Sequence[int], group: Group) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
