@@ -142,6 +142,19 @@ def amortised(
     return job
 
 
+def attention_in_blocks(*lengths: int) -> Job:
+    """What attention in a ring's blocks costs over one flash call."""
+
+    def job(seconds: float) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["-m", "benchmarks.sequence", "--blocks", *map(str, lengths), "--out", folder]
+            status, output = call(command, seconds)
+            result = Path(folder) / "sequence_blocks.json"
+            return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
+
+    return job
+
+
 SUITES: dict[str, dict[str, Job]] = {
     "foundation": {
         "main_job": train_job(["run.device=cuda"]),
@@ -162,6 +175,7 @@ SUITES: dict[str, dict[str, Job]] = {
             "7B", "adamw_8bit,bitsandbytes 8bit,torchao 8bit,adamw_fp8,torchao fp8"
         ),
     },
+    "sequence": {"blocks_32k_to_256k": attention_in_blocks(32768, 65536, 131072, 262144)},
 }
 """Each capability adds its own suite here, most telling job first."""
 

@@ -1,0 +1,42 @@
+"""A rank that shares rows keeps its share of the activations. Counted on the fake tensors of `stowage plan`."""
+
+import pytest
+import torch
+
+from trainer.cli.plan import load
+from trainer.plan import Plan, planned_config, predict
+
+CPU = torch.device("cpu")
+LENGTH = 1024
+MODEL = [
+    "model.hidden_size=64", "model.intermediate_size=136", "model.layers=4", "model.heads=8", "model.kv_heads=4",
+    f"model.max_length={LENGTH}", f"data.sequence_length={LENGTH}",
+    "train.global_batch=1", "train.micro_batch=1", "run.device=cpu", "optim=sgd",
+]  # fmt: skip
+
+
+def plan(ranks: int, *overrides: str) -> Plan:
+    cfg = load([*MODEL, *overrides], ranks)
+    return predict(cfg, planned_config(cfg), ranks=ranks, device=CPU)
+
+
+def kept(found: Plan) -> int:
+    """Most bytes of activations in a steady step."""
+    timeline = found.steps["steady"]
+    return max(timeline.at(i)["activations"] for i in range(len(timeline)))
+
+
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_activations_of_a_rank_are_its_share(kind: str) -> None:
+    """Whole rows keep a mask between documents besides, which split ones do without."""
+    alone = kept(plan(1, "activations.lean=true"))
+    two, four = (kept(plan(ranks, "activations.lean=true", f"parallel.sequence={kind}")) for ranks in (2, 4))
+    assert two < alone / 2
+    assert abs(4 * four / (2 * two) - 1) < 0.1
+
+
+def test_a_step_is_predicted_with_what_is_sharded_and_recomputed() -> None:
+    whole = plan(4, "activations=recompute", "parallel.zero=3", "train.global_batch=4").peak
+    split = plan(4, "activations=recompute", "parallel.zero=3", "parallel.sequence=usp").peak
+    assert split.by_kind["weights"] == whole.by_kind["weights"]
+    assert split.by_kind["activations"] < whole.by_kind["activations"] / 3
