@@ -88,15 +88,15 @@ def decode(coded: Codes) -> Tensor:
 
 def wide(codes: Tensor) -> Tensor:
     """(n,) fp32 values of codes; FP8 on a CPU by a table, in a fifth of the 4 ns a value that torch's cast takes."""
-    if codes.device.type != "cpu" or codes.dtype is not torch.float8_e4m3fn or isinstance(codes, FakeTensor):
+    if codes.device.type != "cpu" or codes.dtype is torch.int8 or isinstance(codes, FakeTensor):
         return codes.float()
-    return torch.index_select(e4m3_values(), 0, codes.view(torch.uint8).int())
+    return torch.index_select(values_of(codes.dtype), 0, codes.view(torch.uint8).int())
 
 
 @functools.cache
-def e4m3_values() -> Tensor:
-    """(256,) fp32 on the CPU: what each code stands for."""
-    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
+def values_of(dtype: torch.dtype) -> Tensor:
+    """(256,) fp32 on the CPU: what each code of an FP8 dtype stands for."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
 
 
 def groups_in(count: int, group: int, row: int) -> int:

@@ -98,7 +98,8 @@ class ActivationsConfig:
     """What to do when a tier is full or fails to take an activation: `keep` it on the device, or `stop` the run."""
     lean: bool = False
     """Whether norms, gated MLPs and grouped attention of LLaMA-like models are computed so that they save the least:
-    about 16 hidden states a block instead of 23. The same forward, bit for bit; norms' gradients are rounded anew."""
+    about 16 hidden states a block instead of 23. The same forward, bit for bit; norms' gradients are rounded anew. On
+    CUDA by Liger's kernels where liger-kernel is installed, equal to rounding."""
     tile_mlp: int = 1
     """Pieces along the tokens that each MLP runs in, one after the other and again in backward; 1: whole. Exact."""
 

@@ -9,6 +9,7 @@ In units of one bf16 hidden state, with r = MLP width / hidden and k = key heads
 
 (and without native grouped attention, keys and values as many as queries: k = 1). Each is held against the module it
 stands in for first, and does not stand in where results differ. Forward has the same bits; `swiglu` in backward too.
+On CUDA Liger's kernels compute the first two where that package is installed (`offload.liger`), equal to rounding.
 """
 
 import copy
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 from torch.overrides import handle_torch_function, has_torch_function
+
+from offload.liger import gated_kernel, norm_kernel
 
 aten = torch.ops.aten
 ATTENTION = "stowage_grouped"
@@ -56,6 +59,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> T
     """Normalise the last dim of x (..., h) by weight (h,)."""
     if has_torch_function((x, weight)):  # so that rules of fates know it by name
         return handle_torch_function(rms_norm, (x, weight), x, weight, eps, plus_one)  # type: ignore[no-any-return]
+    kernel = norm_kernel(x, weight)
+    if kernel is not None:
+        return kernel(x, weight, eps, plus_one)
     return RMSNorm.apply(x, weight, eps, plus_one)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -90,6 +96,9 @@ def swiglu(gate: Tensor, up: Tensor, kind: str = "silu") -> Tensor:
     """Multiply an activation of gate (..., f) with up (..., f)."""
     if has_torch_function((gate, up)):
         return handle_torch_function(swiglu, (gate, up), gate, up, kind)  # type: ignore[no-any-return]
+    kernel = gated_kernel(gate, up, kind)
+    if kernel is not None:
+        return kernel(gate, up)
     return Gated.apply(gate, up, kind)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -29,7 +29,7 @@ ATTENTION_KERNELS = (
     "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 KERNELS = {
-    "linear": ("mm", "addmm", "bmm"),
+    "linear": ("mm", "addmm", "bmm", "_scaled_mm"),
     "matmul": ("mm", "bmm", "mv"),
     "scaled_dot_product_attention": ATTENTION_KERNELS,
 }

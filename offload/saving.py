@@ -17,8 +17,12 @@ from torch.overrides import TorchFunctionMode
 from offload.compress import FP8_GROUP, INT8_GROUP
 from offload.config import Fate
 
-CASTS = frozenset({"ToCopyBackward0", "TBackward0", "ViewBackward0", "TransposeBackward0", "PermuteBackward0"})
-"""What stands between a parameter and another form of the same values: a step that computes is no such."""
+VIEWS = frozenset(
+    f"{name}Backward0" for name in ("T", "View", "UnsafeView", "ReshapeAlias", "Alias", "Transpose", "Permute")
+)
+"""Autograd's names for another form of the same bytes."""
+CASTS = VIEWS | {"ToCopyBackward0"}
+"""And of the same values: what stands between a parameter and what a product is given of it."""
 
 
 class Operator(TorchFunctionMode):  # type: ignore[misc]
@@ -102,16 +106,23 @@ def has_storage(tensor: Tensor) -> bool:
     return plain and tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
 
 
+def origin(tensor: Tensor, forms: frozenset[str]) -> Any:
+    """Autograd's node of what a tensor is another form of; None for a leaf."""
+    node: Any = tensor.grad_fn
+    while node is not None and node.name() in forms:
+        node = node.next_functions[0][0]
+    return node
+
+
 def is_parameters_form(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter after nothing but casts and views."""
-    node: Any = tensor.grad_fn
-    for _ in range(4):
-        if node is None or node.name() not in CASTS:
-            return False
-        node = node.next_functions[0][0]
-        if getattr(node, "variable", None) is not None:
-            return True
-    return False
+    return getattr(origin(tensor, CASTS), "variable", None) is not None
+
+
+def is_attentions_output(tensor: Tensor) -> bool:
+    """Whether attention keeps these bytes for its own backward."""
+    node = origin(tensor, VIEWS)
+    return node is not None and "ScaledDotProduct" in node.name()
 
 
 def row_of(tensor: Tensor, fate: Fate) -> int | None:

@@ -33,8 +33,8 @@ from trainer.errors import UserError
 from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
-from trainer.precision import autocast, int8_matrices, rounding
-from trainer.schema import Config, Dtype
+from trainer.precision import autocast, int8_matrices, is_mixed, rounding, use_float8_of
+from trainer.schema import Config
 from trainer.sequence import check_split, split_rows, whole_rows
 from trainer.state import seed_all
 
@@ -55,6 +55,8 @@ class Trainable:
     loss: HeadLoss
     activations: Activations | None
     """None where autograd keeps all that blocks save."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know of how it was made."""
     strategy: Strategy | None = None
     """How attention goes over rows that several ranks share; None where each has whole rows."""
 
@@ -132,6 +134,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         UserError: model and options do not fit each other.
     """
     strategy = split_rows(cfg, world, model)
+    remarks = use_float8_of(cfg.precision, model)
     activations = manage_activations(cfg.activations, world, model)
     loss = HeadLoss(model, cfg.loss)
     with_engine = with_torch if cfg.parallel.engine is EngineName.torch else with_library
@@ -149,6 +152,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         meter=MemoryMeter(model, optimizer, world.device, elsewhere=activations.ledger if activations else None),
         loss=loss,
         activations=activations,
+        remarks=tuple(remarks),
         strategy=strategy,
     )
 
@@ -165,8 +169,7 @@ def place(cfg: Config, world: World, model: nn.Module) -> Spread:
             f"parallel.zero={cfg.parallel.zero}: {type(model).__name__} has no blocks (transformers' "
             "GradientCheckpointingLayer) to gather one after the other. Use parallel.zero=1 or 0."
         )
-    mixed = cfg.precision.weights is Dtype.fp32 and cfg.precision.compute is Dtype.bf16
-    compute = torch.bfloat16 if mixed else None
+    compute = torch.bfloat16 if is_mixed(cfg.precision) else None
     return spread_over_ranks(
         model, world, cfg.parallel,
         blocks=layers, ends=untied_ends(model), compute=compute, in_backward=cfg.optim.in_backward,

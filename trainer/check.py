@@ -85,7 +85,7 @@ def attention_problems(cfg: Config) -> list[str]:
     found = []
     if importlib.util.find_spec("flash_attn") is None:
         found.append(f"{asked}: the package flash-attn isn't installed; install it, or note that {remedy}")
-    if cfg.precision.compute is not Dtype.bf16:
+    if cfg.precision.compute not in (Dtype.bf16, Dtype.fp8):
         found.append(f"{asked}: cannot run precision.compute={cfg.precision.compute.value}; use bf16, or {remedy}")
     return found
 
@@ -112,6 +112,7 @@ def start_problems(cfg: Config) -> list[str]:
         *track_problems(cfg.track),
         *disk_problems(cfg.activations),
         *package_problems(cfg.loss),
+        *float8_problems(cfg.precision.compute),
     ]
 
 
@@ -268,6 +269,16 @@ def package_problems(cfg: LossConfig) -> list[str]:
     return [f"loss={cfg.kind.value}: the package {name} isn't installed; install it, or use loss=chunked"]
 
 
+def float8_problems(compute: Dtype) -> list[str]:
+    """Products in FP8 are torchao's."""
+    if compute is not Dtype.fp8 or importlib.util.find_spec("torchao") is not None:
+        return []
+    return [
+        "precision.compute=fp8: the package torchao isn't installed; install it with `pip install torchao`, or use "
+        "precision.compute=bf16"
+    ]
+
+
 def disk_problems(cfg: ActivationsConfig) -> list[str]:
     """The folder for activations on disk must be there, take files, and have the room that is asked for."""
     try:
@@ -336,7 +347,12 @@ def check_hardware(cfg: Config) -> None:
             f"{local_ranks} ranks on this machine: it has {devices} CUDA devices; "
             f"start {devices} ranks, or use run.device=cpu"
         )
-    bf16 = Dtype.bf16 in (cfg.precision.weights, cfg.precision.compute)
+    bf16 = {Dtype.bf16, Dtype.fp8} & {cfg.precision.weights, cfg.precision.compute}
+    if devices and on_cuda and cfg.precision.compute is Dtype.fp8 and torch.cuda.get_device_capability() < (8, 9):
+        found.append(
+            f"precision.compute=fp8: {torch.cuda.get_device_name()} has no tensor cores for FP8 (capability 8.9); "
+            "use precision.compute=bf16"
+        )
     if devices and on_cuda and bf16 and not torch.cuda.is_bf16_supported():
         found.append(f"precision.compute=bf16: {torch.cuda.get_device_name()} has no bf16; use precision=fp32")
     if cfg.optim.name.startswith("bnb_paged_") and not on_cuda:

@@ -7,6 +7,7 @@
 | bf16 | bf16 | plain; the optimizer's math stays fp32 |
 | bf16_sr | bf16 | the same, and steps are rounded stochastically: what is below a digit is not lost on average |
 | int8_sr | bf16 | the same, with the matrices in attention and MLP as whole numbers of 8 bits (`optim.int8`) |
+| fp32, bf16, bf16_sr | fp8 | as with bf16, the products of the blocks' linear layers in FP8 (`offload.float8`) |
 | fp64 | fp64 | for proofs of equality: RMSNorms, which transformers computes in fp32, are widened too |
 """
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from offload.float8 import use_float8
+from trainer.adapt import blocks
 from trainer.errors import UserError
 from trainer.schema import Config, Dtype, PrecisionConfig
 
@@ -63,9 +66,33 @@ def precision_text(cfg: PrecisionConfig) -> str:
 
 def autocast(cfg: PrecisionConfig, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which forward runs."""
-    if cfg.weights is Dtype.fp32 and cfg.compute is Dtype.bf16:
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if is_mixed(cfg) else nullcontext()
+
+
+def is_mixed(cfg: PrecisionConfig) -> bool:
+    """Whether fp32 weights are cast to bf16 for what is computed with them."""
+    return cfg.weights is Dtype.fp32 and cfg.compute in (Dtype.bf16, Dtype.fp8)
+
+
+def use_float8_of(cfg: PrecisionConfig, model: nn.Module) -> list[str]:
+    """Let the model's linear layers compute in FP8 where that is asked for; return what could not, for the user.
+
+    Raises:
+        UserError: none could.
+    """
+    if cfg.compute is not Dtype.fp8:
+        return []
+    try:
+        left_out = use_float8(blocks(model), cfg.fp8_targets, cfg.fp8_recipe.value)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not left_out:
+        return []
+    return [
+        f"{len(left_out)} linear layers compute in bf16, since FP8 kernels need sides that are multiples of 16: "
+        + ", ".join(left_out[:3])
+        + (", ..." if len(left_out) > 3 else "")
+    ]
 
 
 def wide_rms_norm(module: nn.Module, x: Tensor) -> Tensor:

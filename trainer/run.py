@@ -32,6 +32,7 @@ from trainer.signals import Interrupted, StopRequest
 from trainer.state import restore
 from trainer.step import kept_notes
 from trainer.summary import draw, finish, resume_command, run_info
+from trainer.tiers import check_tiers
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def run_watched(cfg: Config) -> Result:
         checkpoint = find_checkpoint(cfg, store)
         watch.phase = "reading data, building the model"
         built = build(cfg, world)
+        remarks = [*built.remarks, *check_tiers(built)]
         if world.leads:
             save_config(cfg, folder.config)
             folder.write_json("environment.json", environment())
@@ -89,6 +91,8 @@ def run_watched(cfg: Config) -> Result:
             recorder.notice(sequence_text(cfg, world, built.model_config, built.strategy))
         training = begin(built, store, recorder, stop, checkpoint)
         watch.where = training.place
+        for remark in remarks:
+            recorder.notice(remark)
         tell_uncoded(built, recorder)
         try:
             train(training)

@@ -30,6 +30,15 @@ class Dtype(Enum):
     bf16_sr = "bf16_sr"
     int8_sr = "int8_sr"
     fp64 = "fp64"
+    fp8 = "fp8"
+
+
+class Fp8Recipe(Enum):
+    """How the factors of a product in FP8 are scaled, by torchao's names."""
+
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
+    rowwise_with_gw_hp = "rowwise_with_gw_hp"
 
 
 class Attention(Enum):
@@ -56,6 +65,9 @@ PRECISIONS = (
     ("bf16_sr", "bf16"),
     ("int8_sr", "bf16"),
     ("fp64", "fp64"),
+    ("fp32", "fp8"),
+    ("bf16", "fp8"),
+    ("bf16_sr", "fp8"),
 )
 """(weights, compute) pairs that `trainer.precision` knows how to run."""
 
@@ -180,43 +192,62 @@ class PrecisionConfig:
     """What weights are stored in; bf16_sr is bf16 whose steps are rounded stochastically, right on average; int8_sr the
     same in 8 bits for the matrices in `int8_targets`, dequantized at each use, and bf16_sr for the rest."""
     compute: Dtype = Dtype.fp32
-    """What matrix products run in; bf16 over fp32 weights is autocast."""
+    """What matrix products run in; bf16 over fp32 weights is autocast. fp8: bf16, with the linear layers in
+    `fp8_targets` in FP8 by torchao (CUDA of capability 8.9; elsewhere emulated, the same numbers at no gain). It is a
+    property of training: checkpoints, exports and `stowage eval` know nothing of it."""
     int8_group: int | None = None
     """int8_sr: neighbours in a row that share a scale; a weight takes 1 + 8/int8_group bytes. Default: as the method's
     authors, 128 for qapollo and qapollo_mini, 256 otherwise."""
     int8_targets: str = DEFAULT_TARGETS
     """int8_sr: regular expression; matrices whose parameter name it finds are kept in int8."""
+    fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise
+    """compute=fp8: what shares a scale. `tensorwise`: a whole tensor, the quickest, and what is kept of a layer's input
+    is its codes, one byte a value. `rowwise`: a row, scales being powers of two. `rowwise_with_gw_hp`: a row, with
+    weight gradients in bf16; the one whose results do not depend on how a batch is split."""
+    fp8_targets: str = DEFAULT_TARGETS
+    """compute=fp8: regular expression; linear layers of blocks whose parameter name it finds compute in FP8."""
 
     def problems(self) -> list[str]:
-        return self.pair_problems() + self.int8_problems()
-
-    def int8_problems(self) -> list[str]:
-        options = {"int8_group": self.int8_group, "int8_targets": self.int8_targets}
-        changed = {key: value for key, value in options.items() if value != getattr(PrecisionConfig, key)}
-        if self.weights is not Dtype.int8_sr:
-            return [
-                f"precision.{key}={value}: has no effect with precision.weights={self.weights.value}; use "
-                "precision=int8_sr"
-                for key, value in changed.items()
-            ]
-        found = too_small("precision", self, int8_group=8)
-        try:
-            re.compile(self.int8_targets)
-        except re.error as error:
-            found.append(
-                f"precision.int8_targets={self.int8_targets!r}: not a regular expression ({error}); the default is "
-                f"{DEFAULT_TARGETS!r}"
-            )
+        int8, fp8 = self.weights is Dtype.int8_sr, self.compute is Dtype.fp8
+        asked = f"precision.weights={self.weights.value}"
+        found = self.pair_problems()
+        found += self.idle_problems(int8, asked, "precision=int8_sr", "int8_group", "int8_targets")
+        asked = f"precision.compute={self.compute.value}"
+        found += self.idle_problems(fp8, asked, "precision=fp8", "fp8_recipe", "fp8_targets")
+        if int8:
+            found += too_small("precision", self, int8_group=8)
+        for name in ("int8_targets", "fp8_targets"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                found.append(
+                    f"precision.{name}={getattr(self, name)!r}: not a regular expression ({error}); the default is "
+                    f"{DEFAULT_TARGETS!r}"
+                )
         return found
+
+    def idle_problems(self, used: bool, asked: str, remedy: str, *names: str) -> list[str]:
+        """An option of a format that is not chosen would be ignored."""
+        return [
+            f"precision.{name}={shown(getattr(self, name))}: has no effect with {asked}; use {remedy}"
+            for name in names
+            if not used and getattr(self, name) != getattr(PrecisionConfig, name)
+        ]
 
     def pair_problems(self) -> list[str]:
         asked = (self.weights.value, self.compute.value)
         if asked in PRECISIONS:
             return []
+        if asked == ("int8_sr", "fp8"):
+            return [
+                "precision.weights=int8_sr with precision.compute=fp8: weights would be rounded twice, to whole "
+                "numbers and then to FP8, which has fewer digits; use precision.compute=bf16 with them, or "
+                "precision.weights=bf16_sr with fp8"
+            ]
         known = ", ".join(f"{weights}/{compute}" for weights, compute in PRECISIONS)
         return [
             f"precision.weights={asked[0]} with precision.compute={asked[1]}: is not available; weights/compute may be "
-            f"{known} (precision=fp32, bf16, bf16_pure, bf16_sr, int8_sr, fp64)"
+            f"{known} (precision=fp32, bf16, bf16_pure, bf16_sr, int8_sr, fp64, fp8)"
         ]
 
 

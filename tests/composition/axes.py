@@ -112,6 +112,7 @@ AXES: tuple[Axis, ...] = (
         v("bf16_pure", "precision.weights=bf16", "precision.compute=bf16"),
         v("bf16_sr", "precision.weights=bf16_sr", "precision.compute=bf16"),
         v("int8_sr", "precision.weights=int8_sr", "precision.compute=bf16"),
+        v("fp8", "precision.weights=fp32", "precision.compute=fp8"),
     )),
     Axis("refresh", "how a new basis is found; `own` is the optimizer's default", True, (
         v("own"), *(v(name, f"optim.refresh={name}") for name in ("warm", "gram", "svd", "randomized", "random")),

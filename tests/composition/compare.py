@@ -22,10 +22,18 @@ from trainer.checkpoint import CheckpointStore
 
 EXACT = 1e-9
 DRIFT = 5.0
-ROUNDING = {"fp64": EXACT, "fp32": 1e-6, "bf16": 2**-7, "bf16_pure": 2**-7, "bf16_sr": 2**-7, "int8_sr": 2**-7}
+ROUNDING = {
+    "fp64": EXACT,
+    "fp32": 1e-6,
+    "bf16": 2**-7,
+    "bf16_pure": 2**-7,
+    "bf16_sr": 2**-7,
+    "int8_sr": 2**-7,
+    "fp8": 2**-5,
+}
 """Where the drift of one process happens to be nothing: one unit in the last place of the products' format, which the
 norm of bf16 gradients itself has; a few of fp32."""
-FIRST = {"fp64": 1e-2, "fp32": 1e-5, "bf16": 1e-2, "bf16_pure": 1e-2, "bf16_sr": 1e-2, "int8_sr": 1e-2}
+FIRST = {"fp64": 1e-2, "fp32": 1e-5, "bf16": 1e-2, "bf16_pure": 1e-2, "bf16_sr": 1e-2, "int8_sr": 1e-2, "fp8": 1e-2}
 """Largest relative difference of the first loss and gradient norm; under fp64 that of what drifts in any precision."""
 
 CODE = 2**-8

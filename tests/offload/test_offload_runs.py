@@ -1,9 +1,12 @@
 """Activations' tiers in a run: what is wrong is told before launch, what fails on the way ends with its reason."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from offload.tiers import SpillFile
 from tests.trainer.test_plan import NARROW, SMALL, plan
 from trainer.cli.compose import load
 from trainer.errors import TrainingStopped, UserError
@@ -50,12 +53,32 @@ def test_a_plan_says_what_other_tiers_hold_and_what_does_not_fit() -> None:
         plan(*NARROW, *HOST, "activations.host_gib=1e-5", "activations.when_full=stop")
 
 
-def test_a_tier_that_is_too_small_stops_a_run_with_its_reason_where_that_is_asked(tmp_path: Path) -> None:
-    cfg = load(
-        [
-            *SMALL, *NARROW, *HOST, "activations.host_gib=1e-5", "activations.when_full=stop", "train.steps=2",
-            "data.eval_rows=2", f"run.dir={tmp_path / 'run'}",
-        ]
-    )  # fmt: skip
-    with pytest.raises(TrainingStopped, match="step 1: activations.host_gib=1e-05 has no room.*when_full=keep"):
-        run(cfg)
+def options(tmp_path: Path, *more: str) -> list[str]:
+    return [
+        *SMALL,
+        *NARROW,
+        "activations.min_bytes=0",
+        "train.steps=2",
+        "data.eval_rows=2",
+        f"run.dir={tmp_path}",
+        *more,
+    ]
+
+
+def test_a_tier_that_is_too_small_is_told_before_the_first_step_with_what_it_takes(tmp_path: Path) -> None:
+    host = ["activations=host", "activations.when_full=stop"]
+    with pytest.raises(UserError, match="activations.host_gib=1e-05: a step moves .* bytes a rank") as caught:
+        run(load(options(tmp_path, *host, "activations.host_gib=1e-5")))
+    enough = str(caught.value).partition("give ")[2].partition(",")[0]
+    assert run(load(options(tmp_path, *host, enough))).folder.is_dir(), "the figure it gives is enough"
+
+
+def test_a_disk_that_is_full_on_the_way_ends_a_run_with_its_reason_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: SpillFile, offset: int, content: memoryview) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SpillFile, "write", full)
+    with pytest.raises(TrainingStopped, match=r"step 1: .*No space left on device.*when_full=keep"):
+        run(load(options(tmp_path, "activations=disk", "activations.when_full=stop")))

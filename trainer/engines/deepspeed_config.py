@@ -163,7 +163,12 @@ def run_problems(cfg: "Config") -> list[str]:
             f"{engine} with parallel.zero={cfg.parallel.zero}: DeepSpeed shards here, with parallel.zero=1, 2 or 3; "
             "replicas are parallel.engine=torch parallel.zero=0"
         )
-    if (weights, compute) not in (("fp32", "fp32"), ("fp32", "bf16")):
+    if compute == "fp8":
+        found.append(
+            f"precision.compute=fp8: {engine} casts the model to bf16 by itself and knows no products in FP8; use "
+            "precision.compute=bf16, or parallel.engine=torch"
+        )
+    elif (weights, compute) not in (("fp32", "fp32"), ("fp32", "bf16")):
         found.append(
             f"precision.weights={weights}: DeepSpeed keeps fp32 weights beside those it computes with; use "
             "precision=fp32 or bf16, or parallel.engine=torch"
