@@ -19,14 +19,16 @@ WORKERS = 8
 """At most; each takes 1 GB, and its tests start up to four ranks."""
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run folders on all cores, whole files at a time since their tests share what was expensive to make; run single
-    files here, where a debugger works and nothing has to start."""
-    cores = len(os.sched_getaffinity(0))
-    if cores == 1 or not all((config.invocation_params.dir / name).is_dir() for name in config.args):
-        return 0
-    config.option.dist, config.option.loadscopereorder = "loadfile", False  # the files of few tests take longest
-    return min(cores, WORKERS)
+    files here, where a debugger works and nothing has to start. `-n` decides otherwise."""
+    cores, option = len(os.sched_getaffinity(0)), config.option
+    folders = all((config.invocation_params.dir / name).is_dir() for name in config.args)
+    here = "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist")
+    if folders and cores > 1 and not here and option.numprocesses is None and not option.usepdb:
+        option.numprocesses, option.dist = min(cores, WORKERS), "loadfile"
+        option.loadscopereorder = False  # the files of few tests take longest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,4 +38,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--minutes")
     if minutes is not None and time.monotonic() > BEGAN + 60 * minutes:
-        pytest.skip(f"not begun within --minutes={minutes:g}")
+        pytest.skip(f"{item.nodeid}: not begun within --minutes={minutes:g}")
