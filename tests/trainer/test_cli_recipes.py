@@ -62,7 +62,7 @@ def test_a_run_trains_every_arm_with_every_seed_and_judges(
     assert cli.main(["recipe", "run", str(recipe), "train.log_every=2"]) == 0
     configs = [load(overrides) for overrides in trained]
     assert [(cfg.optim.name, cfg.seed, cfg.train.steps, cfg.train.log_every) for cfg in configs] == [
-        ("adamw", 0, 3, 2), ("adamw", 1, 3, 2), ("galore", 0, 3, 2), ("galore", 1, 3, 2),
+        ("adamw", 0, 3, 2), ("galore", 0, 3, 2), ("adamw", 1, 3, 2), ("galore", 1, 3, 2),
     ]  # fmt: skip
     out = Path("runs/recipes/mine")
     lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
@@ -102,6 +102,47 @@ def test_a_run_that_does_not_finish_ends_the_recipe_with_its_code(
 
     monkeypatch.setattr(recipe_runs, "run_once", run_once)
     assert cli.main(["recipe", "run", str(recipe)]) == 3
+
+
+def test_a_batch_that_was_interrupted_goes_on_with_what_it_lacks(
+    recipe: Path, trained: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    whole = recipe_runs.run_once
+
+    def interrupted(overrides: list[str]) -> None:
+        if len(trained) == 3:
+            folder = Path(str(load(overrides).run.dir))
+            folder.mkdir(parents=True)
+            raise TrainingStopped("no more")
+        whole(overrides)
+
+    monkeypatch.setattr(recipe_runs, "run_once", interrupted)
+    assert cli.main(["recipe", "run", str(recipe), "--out", "out"]) == 3
+    assert [cfg.seed for cfg in map(load, trained)] == [0, 0, 1], "all arms of a seed come before the next seed"
+
+    def going_on(overrides: list[str]) -> None:
+        Path(str(load(overrides).run.dir)).rmdir()
+        whole(overrides)
+
+    monkeypatch.setattr(recipe_runs, "run_once", going_on)
+    assert cli.main(["recipe", "run", str(recipe), "--out", "out", "--resume"]) == 0
+    assert len(trained) == 4
+    lines = [json.loads(line) for line in Path("out/runs.jsonl").read_text().splitlines()]
+    assert len({line["batch"] for line in lines}) == 1 and len(lines) == 4
+    assert Path("out/loss.csv").read_text().count("\n") == 1 + 2 * 4
+    assert "the claim holds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--out", "empty"], "no runs of mine lie in empty"), (["--out", "out", "train.steps=5"], "is not what the recipe")],
+)
+def test_a_batch_that_is_not_there_or_differs_is_not_gone_on_with(
+    recipe: Path, trained: list[list[str]], capsys: Output, arguments: list[str], expected: str
+) -> None:
+    cli.main(["recipe", "run", str(recipe), "--out", "out"])
+    assert cli.main(["recipe", "run", str(recipe), "--resume", *arguments]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_a_mistake_in_any_arm_is_found_before_the_first_run(

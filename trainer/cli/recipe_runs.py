@@ -36,24 +36,32 @@ class Measured:
     """What the user changed in every arm."""
 
 
-def measure(recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Path) -> None:
+def measure(recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Path, *, resume: bool = False) -> None:
     """Run every arm with every seed and append one line each to `out`/runs.jsonl.
 
-    Beside it: resolved.yaml, versions.txt and loss.csv of these runs, and their run folders.
+    Beside it: resolved.yaml, versions.txt and loss.csv of these runs, and their run folders. All arms of a seed come
+    before the next seed, so that a batch that is interrupted can be compared as far as it came.
+
+    Args:
+        resume: go on with the newest batch of `out`: runs that are in runs.jsonl are not run again, one that was
+            interrupted goes on from its last checkpoint.
 
     Raises:
+        UserError: there is nothing to go on with, or the recipe is another than that batch's.
         UserError, TrainingStopped, Interrupted: as the first run that does not finish.
     """
-    plan = [(arm, own, seed) for arm, own in recipe.claim.arms.items() for seed in seeds]
+    plan = [(arm, own, seed) for seed in seeds for arm, own in recipe.claim.arms.items()]
     for arm, own, seed in plan:  # all mistakes before the first minute is spent
         load(arguments(recipe, own, seed, overrides, out / "check" / arm))
-    batch = time.strftime("%Y-%m-%d_%H-%M-%S")
+    batch = newest_batch(out, recipe, overrides) if resume else time.strftime("%Y-%m-%d_%H-%M-%S")
+    done = finished(out, batch)
     out.mkdir(parents=True, exist_ok=True)
     (out / "resolved.yaml").write_text(resolved(recipe, overrides))
-    folders = {}
     for number, (arm, own, seed) in enumerate(plan, 1):
-        folder = folders[arm, seed] = out / batch / f"{arm}-seed{seed}"
+        if (arm, seed) in done:
+            continue
         print(f"{recipe.name}: run {number} of {len(plan)}, arm {arm}, seed {seed}", flush=True)
+        folder = out / batch / f"{arm}-seed{seed}"
         start = time.monotonic()
         run_once(arguments(recipe, own, seed, overrides, folder))
         line = {
@@ -66,8 +74,32 @@ def measure(recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Pat
         }
         with (out / RESULTS).open("a") as file:
             file.write(json.dumps(line) + "\n")
-    write_curves(out / "loss.csv", folders)
-    (out / "versions.txt").write_text(versions(next(iter(folders.values()))))
+        done = finished(out, batch)
+        write_curves(out / "loss.csv", {run: out / batch / f"{run[0]}-seed{run[1]}" for run in done})
+        (out / "versions.txt").write_text(versions(folder))
+
+
+def newest_batch(out: Path, recipe: Recipe, overrides: list[str]) -> str:
+    """Return the name of the batch that was begun last in `out`.
+
+    Raises:
+        UserError: nothing was begun there, or with another configuration.
+    """
+    begun = sorted(folder.parent.name for folder in out.glob("*/*-seed*") if folder.is_dir())
+    again = f"run it without --resume, or into another --out: stowage recipe run {recipe.name}"
+    if not begun:
+        raise UserError(f"--resume: no runs of {recipe.name} lie in {out}; {again}")
+    before = out / "resolved.yaml"
+    if not before.is_file() or before.read_text() != resolved(recipe, overrides):
+        raise UserError(f"--resume: {before} is not what the recipe and the options given now amount to; {again}")
+    return begun[-1]
+
+
+def finished(out: Path, batch: str) -> list[tuple[str, int]]:
+    """Return arm and seed of the runs of `batch` that runs.jsonl holds, in its order."""
+    path = out / RESULTS
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    return [(line["arm"], int(line["seed"])) for line in lines if line["batch"] == batch]
 
 
 def arguments(recipe: Recipe, own: list[str], seed: int, overrides: list[str], folder: Path) -> list[str]:
