@@ -135,7 +135,10 @@ def test_a_batch_that_was_interrupted_goes_on_with_what_it_lacks(
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(["--out", "empty"], "no runs of mine lie in empty"), (["--out", "out", "train.steps=5"], "is not what the recipe")],
+    [
+        (["--out", "empty"], "no runs of mine lie in empty"),
+        (["--out", "out", "train.steps=5"], "is not what the recipe"),
+    ],
 )
 def test_a_batch_that_is_not_there_or_differs_is_not_gone_on_with(
     recipe: Path, trained: list[list[str]], capsys: Output, arguments: list[str], expected: str
