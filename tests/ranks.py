@@ -4,9 +4,9 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 
 NEEDED = (
@@ -16,13 +16,16 @@ NEEDED = (
 """What a run imports."""
 
 
-def fork_server() -> ForkServerContext:
+def fork_server() -> Any:
     """Return a context whose processes are forked from one that has imported what all of them need.
 
     Each process's own imports would take 5 s of processor, which is more than most of them work. They get the
-    environment the server began with: give them yours.
+    environment the server began with: give them yours. On a machine with a GPU they do import for themselves: what has
+    once asked for devices, as some packages do when imported, cannot use them in a fork.
     """
-    context: ForkServerContext = mp.get_context("forkserver")
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     context.set_forkserver_preload(list(NEEDED))
     return context
 
