@@ -155,6 +155,33 @@ def attention_in_blocks(*lengths: int) -> Job:
     return job
 
 
+BLOCKS_8B = [
+    "run.device=cuda",
+    "precision=bf16_pure",
+    "optim=sgd",
+    "model.hidden_size=4096",
+    "model.intermediate_size=14336",
+    "model.layers=4",
+    "model.heads=32",
+    "model.kv_heads=8",
+    "model.max_length=8192",
+    "data.sequence_length=8192",
+    "data.eval_rows=1",
+    "train.global_batch=1",
+    "train.micro_batch=1",
+    "train.steps=12",
+    "train.log_every=4",
+    "train.eval_every=0",
+    "checkpoint.every=0",
+]
+"""Four blocks of LLaMA 8B's shape on one long row: what is saved for backward is most of what is held."""
+
+
+def blocks_of_8b(*overrides: str) -> Job:
+    """Step time and bytes by kind: against `keep`, the first tells how well copies hide, the second what they free."""
+    return train_job([*BLOCKS_8B, *overrides])
+
+
 SUITES: dict[str, dict[str, Job]] = {
     "foundation": {
         "main_job": train_job(["run.device=cuda"]),
@@ -165,6 +192,22 @@ SUITES: dict[str, dict[str, Job]] = {
         "loop_overhead": loop_overhead,
         "counter_on_gpu": counter_on_gpu,
         "counter_on_cpu": counter_on_cpu,
+    },
+    "activations": {
+        "keep": blocks_of_8b(),
+        "lean": blocks_of_8b("activations=lean"),
+        "host": blocks_of_8b("activations=host"),
+        "fp8_storage": blocks_of_8b("activations=fp8"),
+        "fp8_products": blocks_of_8b("precision.compute=fp8", "activations=lean"),
+        "fp8_both": blocks_of_8b("precision.compute=fp8", "activations=fp8"),
+        "recompute": blocks_of_8b("activations=recompute"),
+        "recompute_host": blocks_of_8b("activations=recompute_host"),
+        "selective": blocks_of_8b("activations=selective"),
+        "disk": blocks_of_8b("activations=disk"),
+        "int8": blocks_of_8b("activations=int8"),
+        "fp8_products_by_rows": blocks_of_8b(
+            "precision.compute=fp8", "precision.fp8_recipe=rowwise", "activations=lean"
+        ),
     },
     "optimizers": {
         "amortised_7b_layer": amortised("7B"),

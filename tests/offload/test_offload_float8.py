@@ -231,3 +231,28 @@ def test_a_missing_torchao_is_told_before_launch(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None if name == "torchao" else found(name))
     with pytest.raises(UserError, match="the package torchao isn't installed; install it"):
         load(["precision=fp8"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_a_gpu_every_bit_is_that_of_torchaos_own_layer(recipe: str) -> None:
+    """Its kernels, not the emulation, with a number of tokens that they pad; and near the emulation's numbers."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs tensor cores for FP8: capability 8.9")
+    for tokens in (64, 40):
+        x, weight, grad = (tensor.cuda() for tensor in operands(torch.bfloat16, tokens))
+        plain = nn.Linear(64, 48, bias=False).to("cuda", torch.bfloat16)
+        peer = Float8Linear.from_float(
+            plain, config=dataclasses.replace(Recipe(recipe).cfg, pad_inner_dim=tokens == 40)
+        )
+        peer.weight.data.copy_(weight)
+        leaf = x.clone().requires_grad_()
+        y = peer(leaf)
+        y.backward(grad)
+        assert leaf.grad is not None and peer.weight.grad is not None
+        found = products(recipe, x, weight, grad)
+        assert same(found, [y.detach(), leaf.grad, peer.weight.grad])
+        for one, other in zip(found, products(recipe, x.cpu(), weight.cpu(), grad.cpu()), strict=True):
+            assert (one.cpu().float() - other.float()).norm() <= 2**-7 * other.float().norm()

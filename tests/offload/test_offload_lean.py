@@ -41,6 +41,22 @@ def test_a_block_saves_what_the_table_says(ratio: float, key_share: float, lean:
     assert [frame.moved / UNIT for frame in policy.frames] == [expected] * 4
 
 
+@pytest.mark.parametrize("ratio, key_share", [(2.6875, 1.0), (3.5, 0.25)])
+def test_the_other_rows_of_the_table_are_torchs(ratio: float, key_share: float) -> None:
+    """torch's rms_norm in bf16, which is composite on a CPU: 12 + 2k + 4r. A block that is recomputed: its input."""
+    model = block(ratio, key_share, "none")
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            module.forward = lambda x, m=module: nn.functional.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
+    policy = managed(model, fate=Fate.host, keep_last=0, min_bytes=SMALL)
+    step(model, rows(BATCH, LENGTH))
+    assert [frame.moved / UNIT for frame in policy.frames] == [12 + 2 * key_share + 4 * ratio] * 4
+    recomputed = block(ratio, key_share, "none")
+    policy = managed(recomputed, fate=Fate.recompute, inputs=Fate.host, keep_last=0, min_bytes=SMALL)
+    recomputed.model(input_ids=rows(BATCH, LENGTH), use_cache=False)
+    assert [frame.moved / UNIT for frame in policy.frames] == [1] * 4
+
+
 def test_fp8_holds_what_coat_counts_less_its_rotary_copies() -> None:
     """COAT counts 13.96 units at r = 8/3, with scales; 2 of them for rotary tables, where torch saves nothing."""
     held = {}
