@@ -32,9 +32,11 @@ class WhenFull(Enum):
 
 
 class StatePlace(Enum):
-    """Where optimizer states live."""
+    """Where optimizer states are between two steps."""
 
     none = "none"
+    host = "host"
+    disk = "disk"
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,41 @@ class ActivationsConfig:
 @dataclass(kw_only=True)
 class OffloadConfig:
     states: StatePlace = StatePlace.none
-    """Where optimizer states live. `none`: on the device that trains."""
+    """Where optimizer states are between two steps. `none`: on the device that trains. `host`: in host memory, pinned
+    beside CUDA. `disk`: in a file. From there they come to step, window by window, and go back; the result is the
+    same, to the bit."""
+    window_mib: float = 128.0
+    """MiB of states that step at a time; as much arrives meanwhile, and as much leaves. A parameter that has more by
+    itself is a window of its own."""
+    host_gib: float | None = None
+    """GiB of host memory that the states of one rank may take; default: no limit."""
+    disk_gib: float | None = None
+    """GiB of files that the states of one rank may take; default: what the disk has. They are taken at the start."""
+    disk_dir: str | None = None
+    """Folder on the disk that takes them, best a local SSD; default: the system's folder for temporary files. The file
+    has no name, so nothing of it is left however the run ends."""
+    when_full: WhenFull = WhenFull.stop
+    """What to do when a tier has no room for all states or fails to take one: `stop` the run, before its first step
+    where that shows then, or `keep` on the device what does not go."""
+
+    def folder(self) -> Path:
+        """Where the disk tier's file is made."""
+        return Path(self.disk_dir or tempfile.gettempdir())
 
     def problems(self) -> list[str]:
-        return []
+        found = [
+            f"offload.{name}={value}: must be above 0; "
+            + ("128 is usual" if name == "window_mib" else "null: no limit")
+            for name in ("window_mib", "host_gib", "disk_gib")
+            if (value := getattr(self, name)) is not None and not value > 0
+        ]
+        only = {"host_gib": StatePlace.host, "disk_gib": StatePlace.disk, "disk_dir": StatePlace.disk}
+        for name in ("window_mib", "when_full", *only):
+            value, place = getattr(self, name), only.get(name, self.states)
+            if value != getattr(OffloadConfig, name) and (self.states is StatePlace.none or self.states is not place):
+                wanted = only.get(name, StatePlace.host).value
+                shown = value.value if isinstance(value, Enum) else value
+                found.append(
+                    f"offload.{name}={shown}: has no effect, as no states go to {wanted}; use offload.states={wanted}"
+                )
+        return found

@@ -65,7 +65,10 @@ class Elsewhere:
     def _refuse(self, fate: Fate, error: Exception) -> None:
         """A tier did not take a storage: stop, or say once that such stay."""
         if self._cfg.when_full is WhenFull.stop:
-            raise TierFull(f"{reason(error, self._cfg)}; activations.when_full=stop ends the run") from error
+            raise TierFull(
+                f"{reason(error, self._cfg)}; activations.when_full=stop ends the run",
+                "Give the tier more room, use activations.when_full=keep, or activations=recompute",
+            ) from error
         if fate not in self._told:
             self._told.add(fate)
             self.messages.append(

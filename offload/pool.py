@@ -4,6 +4,8 @@ A pinned buffer takes milliseconds to make, and a step asks for the same sizes a
 is kept for the next taker of its size. Idle buffers are freed where the budget would otherwise refuse a new one.
 """
 
+import errno
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -13,11 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class TierFull(RuntimeError):
-    """A tier cannot take what it is to hold, and the run is to stop then."""
+class TierError(RuntimeError):
+    """A tier failed, and the run is to stop. `remedy` says what to do, with options as the user writes them."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
-class TierLost(RuntimeError):
+class TierFull(TierError):
+    """A tier cannot take what it is to hold."""
+
+
+class TierLost(TierError):
     """A tier cannot give back what it took."""
 
 
@@ -68,10 +78,12 @@ class HostPool:
     Args:
         budget: bytes at most, idle buffers included; None for no limit.
         pinned: whether buffers are page-locked, as asynchronous copies from and to CUDA need.
+        lasting: whether buffers stay lent for as long as the run lasts. torch's own pinned memory is rounded up to a
+            power of two, which it can use again; theirs has exactly the bytes asked for.
     """
 
-    def __init__(self, budget: int | None = None, *, pinned: bool = False) -> None:
-        self.budget, self.pinned = budget, pinned
+    def __init__(self, budget: int | None = None, *, pinned: bool = False, lasting: bool = False) -> None:
+        self.budget, self.pinned, self.lasting = budget, pinned, lasting
         self.reserved = 0
         """Bytes allocated: lent and idle."""
         self._idle: dict[int, list[Buffer]] = defaultdict(list)
@@ -98,6 +110,8 @@ class HostPool:
         self._idle[buffer.nbytes].append(buffer)
 
     def _allocate(self, nbytes: int) -> Memory:
+        if self.pinned and self.lasting:
+            return registered(nbytes)
         if self.pinned:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return np.empty(nbytes, np.uint8)
@@ -105,3 +119,17 @@ class HostPool:
     def _free_idle(self) -> None:
         self.reserved -= self.idle
         self._idle.clear()
+
+
+def registered(nbytes: int) -> Tensor:
+    """(n,) bytes of ordinary memory that CUDA is told of, page-locked until the tensor is freed.
+
+    As torch.distributed's checkpoints pin theirs (`_state_dict_utils._create_cpu_state_dict`).
+    """
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = int(cudart.cudaHostRegister(memory.data_ptr(), nbytes, 1))  # 1: for every CUDA context
+    if status:
+        raise OSError(errno.ENOMEM, f"CUDA could not page-lock {nbytes:,} bytes of host memory (error {status})")
+    weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr())
+    return memory

@@ -18,7 +18,7 @@ from offload.compress import Codes, decode
 from offload.config import Fate
 from offload.pool import Ledger, TierLost
 from offload.streams import Ticket
-from offload.tiers import DiskRoom, Room
+from offload.tiers import Room
 
 watchers: list[Callable[[Tensor], Any]] = []
 """Called with every tensor that an entry holds near: the meter learns from them what autograd does not hold itself."""
@@ -110,8 +110,7 @@ class Moved(Entry):
             self._close()
             self._failed(error)
             return
-        if isinstance(self._room, DiskRoom):
-            self._room.settled()
+        self._room.settled()
         self._near = None
 
     def start_back(self) -> None:
@@ -135,7 +134,10 @@ class Moved(Entry):
             try:
                 ticket.wait()
             except OSError as error:
-                raise TierLost(f"an activation cannot be read back: {error}. Training cannot go on.") from error
+                raise TierLost(
+                    f"an activation cannot be read back: {error}. Training cannot go on",
+                    "Use another activations.disk_dir, or activations=recompute",
+                ) from error
         return self._near
 
     def _close(self) -> None:

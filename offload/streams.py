@@ -10,6 +10,7 @@ On CPU a thread copies, so that the order of things is the same and a missing wa
 back a while. Files are written and read by threads on both.
 """
 
+import ctypes
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.pool import Memory
@@ -37,6 +39,13 @@ class Ticket:
         event = self._event if self._work is None else self._work.result()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
+
+    def finish(self) -> None:
+        """Wait here, on the host, until the copy is done; errors are `wait`'s to raise."""
+        failed = self._work is not None and self._work.exception() is not None
+        event = None if failed else self._event if self._work is None else self._work.result()
+        if event is not None:
+            event.synchronize()
 
 
 DONE = Ticket()
@@ -124,13 +133,20 @@ class Copies:
 
 
 def byte_view(memory: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, as files take them."""
-    return memoryview(memory.numpy().data)
+    """The (n,) bytes of a CPU tensor, as files take them; the caller keeps it alive.
+
+    By address, as `Tensor.numpy` would forbid for ever that the storage is freed and grown again.
+    """
+    return memoryview((ctypes.c_ubyte * memory.numel()).from_address(memory.data_ptr())).cast("B")
 
 
 def copy_bytes(target: Memory, source: Memory) -> None:
     """Copy without torch's own threads, which those who compute are using."""
-    np.copyto(np.asarray(target), np.asarray(source))
+    np.copyto(array_of(target), array_of(source))
+
+
+def array_of(memory: Memory) -> NDArray[np.uint8]:
+    return np.frombuffer(byte_view(memory), np.uint8) if isinstance(memory, Tensor) else memory
 
 
 def pinned(memory: Memory) -> Tensor:

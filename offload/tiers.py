@@ -1,15 +1,19 @@
-"""Where a moved storage waits for backward: in host memory, or in a file that has no name.
+"""Where moved bytes wait: in host memory, or in a file that has no name.
 
-Both answer the same three calls. `put` starts the copy out and says whether there is room; `get` starts the copy back;
-`close` gives the room back, whatever is under way. All memory near is (n,) uint8, and the caller's.
+Both answer the same calls. Making one takes the room, or says that there is none; `put` starts the copy out; `get`
+starts the copy back; `settled` says that both were waited for; `view` shows the bytes where they lie; `close` gives the
+room back, whatever is under way. All memory near is (n,) uint8, and the caller's.
 """
 
 import contextlib
+import mmap
 import os
 import tempfile
 from pathlib import Path
 from typing import IO, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -24,21 +28,36 @@ class Room(Protocol):
 
     def put(self, near: Tensor) -> Ticket: ...
     def get(self, near: Tensor) -> Ticket: ...
+    def settled(self) -> None: ...
+    def view(self) -> Tensor: ...
     def close(self) -> None: ...
 
 
+def no_room(option: str, budget: int | None, nbytes: int, taken: int) -> TierFull:
+    return TierFull(
+        f"{option}={(budget or 0) / 2**30:.3g} has no room for {nbytes:,} bytes more ({taken:,} are taken)",
+        f"Use a larger {option}",
+    )
+
+
 class HostRoom:
-    """A buffer of a pool."""
+    """A buffer of a pool.
+
+    Args:
+        section: of the configuration, whose `host_gib` is the pool's budget.
+
+    Raises:
+        TierFull: the pool's budget has no room for it.
+    """
 
     tier = "host"
 
-    def __init__(self, nbytes: int, pool: HostPool, copies: Copies, ledger: Ledger, *, fake: bool) -> None:
+    def __init__(
+        self, nbytes: int, pool: HostPool, copies: Copies, ledger: Ledger, *, fake: bool, section: str = "activations"
+    ) -> None:
         buffer = pool.take(nbytes, fake=fake)
         if buffer is None:
-            raise TierFull(
-                f"activations.host_gib={(pool.budget or 0) / 2**30:.3g} has no room for {nbytes:,} bytes more "
-                f"({pool.reserved - pool.idle:,} are taken)"
-            )
+            raise no_room(f"{section}.host_gib", pool.budget, nbytes, pool.reserved - pool.idle)
         self._buffer, self._pool, self._copies, self._ledger = buffer, pool, copies, ledger
         self._open: list[Ticket] = []
         ledger.hold(self.tier, nbytes)
@@ -48,6 +67,16 @@ class HostRoom:
 
     def get(self, near: Tensor) -> Ticket:
         return self._started(DONE if self._buffer.memory is None else self._copies.back(self._buffer.memory, near))
+
+    def settled(self) -> None:
+        """Note that the copies so far were waited for."""
+        self._open.clear()
+
+    def view(self) -> Tensor:
+        """The bytes, (n,); a copy under way may still change them."""
+        memory = self._buffer.memory
+        assert memory is not None, "only the bookkeeping runs: there are no bytes"
+        return memory if isinstance(memory, Tensor) else torch.from_numpy(memory)
 
     def close(self) -> None:
         for ticket in self._open:
@@ -67,11 +96,27 @@ class SpillFile:
     def __init__(self, folder: Path) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="stowage-", buffering=0)  # noqa: SIM115
         self._end = 0
+        self._map: mmap.mmap | None = None
 
-    def reserve(self, nbytes: int) -> int:
-        """Return the offset of `nbytes` to be written."""
+    def reserve(self, nbytes: int, *, allocate: bool = False) -> int:
+        """Return the offset of `nbytes` to be written.
+
+        Args:
+            allocate: take them from the disk at once, so that no later write can find it full.
+
+        Raises:
+            OSError: the disk has no room to allocate them.
+        """
+        if allocate:
+            os.posix_fallocate(self._file.fileno(), self._end, nbytes)
         self._end += nbytes
         return self._end - nbytes
+
+    def view(self, offset: int, nbytes: int) -> Tensor:
+        """Allocated bytes as a tensor that is mapped from the file: read and written page by page, as it is used."""
+        if self._map is None or len(self._map) < self._end:
+            self._map = mmap.mmap(self._file.fileno(), self._end)
+        return torch.from_numpy(np.frombuffer(self._map, np.uint8, nbytes, offset))
 
     def write(self, offset: int, content: memoryview) -> None:
         while content:
@@ -82,26 +127,32 @@ class SpillFile:
         while target:
             count = os.preadv(self._file.fileno(), [target], offset)
             if count == 0:
-                raise OSError(f"a spilled activation ends early, at byte {offset}")
+                raise OSError(f"the file of a disk tier ends early, at byte {offset}")
             offset, target = offset + count, target[count:]
 
 
 class DiskRoom:
-    """A stretch of a file, and beside CUDA a buffer to reach it through."""
+    """A stretch of a file, and beside CUDA a buffer to reach it through.
+
+    Args:
+        section: of the configuration, whose `disk_gib` is `budget`.
+        lasting: whether it is for as long as the run lasts: taken from the disk at once.
+
+    Raises:
+        TierFull: the budget has no room for it.
+        OSError: the disk has none.
+    """
 
     tier = "disk"
 
     def __init__(
         self, nbytes: int, file: SpillFile | None, staging: HostPool | None, budget: int | None, copies: Copies,
-        ledger: Ledger,
+        ledger: Ledger, *, section: str = "activations", lasting: bool = False,
     ) -> None:  # fmt: skip
         if budget is not None and ledger.held[self.tier] + nbytes > budget:
-            raise TierFull(
-                f"activations.disk_gib={budget / 2**30:.3g} has no room for {nbytes:,} bytes more "
-                f"({ledger.held[self.tier]:,} are taken)"
-            )
+            raise no_room(f"{section}.disk_gib", budget, nbytes, ledger.held[self.tier])
         self._nbytes, self._file, self._pool, self._copies, self._ledger = nbytes, file, staging, copies, ledger
-        self._offset = file.reserve(nbytes) if file else 0
+        self._offset = file.reserve(nbytes, allocate=lasting) if file else 0
         self._staging: Buffer | None = None
         self._open: list[Ticket] = []
         ledger.hold(self.tier, nbytes)
@@ -113,9 +164,16 @@ class DiskRoom:
         return self._started(self._copies.write(near, self._stage(), lambda content: file.write(offset, content)))
 
     def settled(self) -> None:
-        """Note that the copy out was waited for, so that its buffer serves others until the bytes come back."""
+        """Note that the copies so far were waited for, so that their buffer serves others until the next one."""
+        for ticket in self._open:
+            ticket.finish()  # a reader of the disk writes to the buffer from the host
         self._open.clear()
         self._unstage()
+
+    def view(self) -> Tensor:
+        """The bytes, (n,), mapped from the file; for rooms that last. A copy under way may still change them."""
+        assert self._file is not None, "only the bookkeeping runs: there are no bytes"
+        return self._file.view(self._offset, self._nbytes)
 
     def get(self, near: Tensor) -> Ticket:
         if self._file is None or isinstance(near, FakeTensor):

@@ -6,7 +6,8 @@ states made at construction (so that a checkpoint always holds them and needs no
 torch's cast of every state to its parameter's dtype.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from optim.residency import Group as Group
+from optim.residency import Residency, keeper
+from optim.residency import State as State
 from optim.sharded import copy_whole_
-
-State = MutableMapping[str, Any]
-"""Of one parameter: tensors and Python numbers only, so that `torch.load(weights_only=True)` reads it."""
-Group = dict[str, Any]
-"""Of some parameters: `params`, `param_names` where given, and every hyper-parameter."""
 
 CHUNK = 2**22
 """Values of a low-precision tensor that are held in fp32 at a time (16 MiB)."""
@@ -54,11 +53,13 @@ class MemoryOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: Group) -> None:
         self.reduced: dict[Tensor, Tensor] = {}
         """What `reduce_` has kept of gradients, until their parameter steps; empty between two steps."""
+        self.residency = keeper()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.reduced = {}  # torch copies and pickles groups and states alone
+        self.residency = getattr(self, "residency", None) or Residency()  # a load comes through here too
 
     def check_options(self, group: Group) -> None:
         """Raise ValueError if a group's hyper-parameters make no sense."""
@@ -105,9 +106,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step_one(self, p: Tensor, group: Group) -> None:
         """Step one parameter of `group` as `step` would, with `p.grad` or `reduced[p]`; without hooks or checks."""
-        if p not in self.state:
-            self.state[p] = self.init_state(p, group)
-        self.update([p], group)
+        self._require_state(p, group)
+        with self.residency.here(p):
+            self.update([p], group)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, check its options and make the states of its trainable parameters."""
@@ -117,7 +118,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
         self.check_options(group)
         for p in group["params"]:
             if p.requires_grad:
-                self.state[p] = self.init_state(p, group)
+                self._require_state(p, group)
+        self.residency.rest()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -126,15 +128,36 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        asked = []
         for group in self.param_groups:
             self.refuse_sparse(group["params"])
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                if p not in self.state:  # unfrozen since construction
-                    self.state[p] = self.init_state(p, group)
+                self._require_state(p, group)  # of one unfrozen since construction
             if params:
-                self.update(params, group)
+                asked.append((group, params))
+        for group, params in self.residency.batches(asked):
+            self.update(params, group)
         return loss
+
+    def _require_state(self, p: Tensor, group: Group) -> None:
+        if p not in self.state:
+            self.state[p] = self.init_state(p, group)
+            self.residency.admit(p, self.state[p])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; states that are off the device are seen where they lie."""
+        held, self.state = self.state, self._seen_states()
+        try:
+            return super().state_dict()
+        finally:
+            self.state = held
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state": self._seen_states()}
+
+    def _seen_states(self) -> defaultdict[Tensor, Any]:
+        return defaultdict(dict, {p: self.residency.readable(p, state) for p, state in self.state.items()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load into the states already held, each in its own dtype and on its own device.
@@ -161,7 +184,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
         def fill(_: torch.optim.Optimizer) -> None:
             self.state = held
             for p, state in pairs:
-                _copy_state(held[p], state)
+                with self.residency.here(p):
+                    _copy_state(held[p], state)
+            self.residency.rest()
             for group in self.param_groups:
                 for key, default in self.defaults.items():
                     group.setdefault(key, default)

@@ -142,8 +142,9 @@ class ComposedOptimizer(MemoryOptimizer):
         """Add R = project(G), in fp32 at least, to `reduced[p]`; free `p.grad`. Of a shard, its part of R."""
         assert p.grad is not None
         subspace = Subspace(p.shape, group, self._layout(p))
-        basis = subspace.basis(LocalState(self.state[p]), state_dtype(p.dtype))
-        low = subspace.project(local(p.grad), basis)
+        with self.residency.here(p, written=False):
+            basis = subspace.basis(LocalState(self.state[p]), state_dtype(p.dtype))
+            low = subspace.project(local(p.grad), basis)
         p.grad = None
         self.reduced[p] = self.reduced[p].add_(low) if p in self.reduced else low
 

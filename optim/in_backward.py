@@ -203,6 +203,7 @@ class InBackward:
             yield
         finally:
             self._pass = None
+            self.optimizer.residency.rest()
             self._arrived.clear()
             self._taken = 0
             self._flying.clear()

@@ -26,6 +26,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def with_part(tensor: DTensor, part: Tensor) -> DTensor:
+    """The same DTensor with other memory as this rank's part, on whatever device that is (`from_local` would copy it
+    to the mesh's)."""
+    return DTensor(part, tensor._spec, requires_grad=False)  # type: ignore[call-arg,no-any-return,no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the parts of one tensor are, seen from one rank."""

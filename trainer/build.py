@@ -4,6 +4,7 @@ The optimizer sees what is left to this rank of each parameter, under the parame
 wrong about data and model files is found before weights are made.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.activations import Activations
+from offload.pool import TierError
+from offload.states import OffloadedStates, moves_states, offloaded
 from optim import registry
 from optim.in_backward import InBackward
+from optim.residency import kept_by
 from parallel.config import EngineName
 from parallel.launch import World
 from parallel.mesh import share_of
@@ -59,6 +63,8 @@ class Trainable:
     """What the user should know of how it was made."""
     strategy: Strategy | None = None
     """How attention goes over rows that several ranks share; None where each has whole rows."""
+    states: OffloadedStates | None = None
+    """None where the optimizer's states stay on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +114,11 @@ def try_out(cfg: Config, world: World, model: nn.Module, vocab_size: int) -> Non
 def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, InBackward | None]:
     """Lay `model` over the ranks; return the optimizer of what is left here, its engine, and its update in backward."""
     spread = place(cfg, world, model)
-    optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding(cfg.precision))
+    with kept_by(OffloadedStates(cfg.offload, world.device)) if moves_states(cfg.offload) else nullcontext():
+        optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding(cfg.precision))
+    states = offloaded(optimizer)
+    if states is not None:
+        states.require_room()
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
     in_backward = None
     if cfg.optim.in_backward:
@@ -142,6 +152,9 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         optimizer, engine, in_backward = with_engine(cfg, world, model)
     except ValueError as error:  # a rule that fits no parameter, say
         raise UserError(str(error)) from error
+    except TierError as error:
+        raise UserError(f"{error}. {error.remedy}.") from error
+    states = offloaded(optimizer)
     return Trainable(
         cfg=cfg,
         world=world,
@@ -149,11 +162,18 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         optimizer=optimizer,
         engine=engine,
         in_backward=in_backward,
-        meter=MemoryMeter(model, optimizer, world.device, elsewhere=activations.ledger if activations else None),
+        meter=MemoryMeter(
+            model,
+            optimizer,
+            world.device,
+            elsewhere=activations.ledger if activations else None,
+            states_elsewhere=states.ledger if states else None,
+        ),
         loss=loss,
         activations=activations,
         remarks=tuple(remarks),
         strategy=strategy,
+        states=states,
     )
 
 

@@ -7,14 +7,13 @@
 import importlib.util
 import math
 import os
-import shutil
 import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from offload.config import ActivationsConfig, Fate
 from parallel.config import SequenceKind
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
+from trainer.check_offload import states_problems, tier_problems
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.loss.config import LossConfig, LossKind
@@ -31,7 +30,7 @@ def problems(cfg: Config) -> list[str]:
             found += section_problems(f"{entry.name}.", section)
     found += model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg)
     found += attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
-    return found + int8_problems(cfg)
+    return found + int8_problems(cfg) + states_problems(cfg)
 
 
 def section_problems(prefix: str, section: object) -> list[str]:
@@ -110,7 +109,7 @@ def start_problems(cfg: Config) -> list[str]:
         *folder_problems(cfg),
         *resume_problems(cfg),
         *track_problems(cfg.track),
-        *disk_problems(cfg.activations),
+        *tier_problems(cfg),
         *package_problems(cfg.loss),
         *float8_problems(cfg.precision.compute),
     ]
@@ -277,31 +276,6 @@ def float8_problems(compute: Dtype) -> list[str]:
         "precision.compute=fp8: the package torchao isn't installed; install it with `pip install torchao`, or use "
         "precision.compute=bf16"
     ]
-
-
-def disk_problems(cfg: ActivationsConfig) -> list[str]:
-    """The folder for activations on disk must be there, take files, and have the room that is asked for."""
-    try:
-        if Fate.disk not in cfg.fates():
-            return []
-    except ValueError:  # a rule that is no rule, which is reported by itself
-        return []
-    folder = cfg.folder()
-    asked, remedy = f"activations.disk_dir={folder}", "give a folder on a local disk with activations.disk_dir=PATH"
-    if not folder.is_dir():
-        return [f"{asked}: is no folder; make it, or {remedy}"]
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        return [f"{asked}: cannot write there ({error.strerror}); {remedy}"]
-    free = shutil.disk_usage(folder).free
-    if cfg.disk_gib is not None and cfg.disk_gib * 2**30 > free:
-        return [
-            f"activations.disk_gib={cfg.disk_gib:g}: {folder} has {free / 2**30:.1f} GiB free; "
-            f"use activations.disk_gib={max(free / 2**30 * 0.9, 0.1):.1f}, or {remedy}"
-        ]
-    return []
 
 
 def resume_problems(cfg: Config) -> list[str]:

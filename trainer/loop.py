@@ -93,7 +93,7 @@ def train(run: Run) -> None:
         run.step += 1
         run.tokens += cfg.train.global_batch * cfg.data.sequence_length
         note_skip(run, stepped)
-        note_activations(run, first=run.step == first_step + 1)
+        note_tiers(run, first=run.step == first_step + 1)
         if run.due(cfg.train.log_every) or run.step == first_step + 1:
             log(run, stepped)
         if run.due(cfg.train.eval_every):
@@ -120,6 +120,7 @@ def log(run: Run, stepped: Stepped) -> None:
             "tokens_per_second": run.throughput.tokens_per_second,
             "seconds": run.throughput.seconds,
             "memory": memory_now(run),
+            "beside": beside_now(run) or None,
             "skipped": run.skipped or None,
             "subspace": new_subspaces(run),
         },
@@ -213,9 +214,11 @@ def skipped_text(step: int, stepped: Stepped) -> str:
     return f"step {step} left out {len(stepped.left_out)} parameters on all ranks: gradients not finite ({some})"
 
 
-def note_activations(run: Run, *, first: bool) -> None:
-    """Pass on what the activations' policy has to say: tiers without room, and rules that met nothing in a step."""
-    activations = run.built.activations
+def note_tiers(run: Run, *, first: bool) -> None:
+    """Pass on what those who move bytes have to say: tiers without room, and rules that met nothing in a step."""
+    activations, states = run.built.activations, run.built.states
+    for message in states.take_messages() if states is not None else ():
+        run.recorder.warn(message)
     if activations is not None:
         for message in [*activations.take_messages(), *(activations.rules_without_effect() if first else [])]:
             run.recorder.warn(message)
@@ -237,6 +240,11 @@ def counted(run: Run, first_step: int) -> Iterator[None]:
         yield
     if timeline is not None:
         run.timelines["first" if since == 0 else "steady"] = timeline
+
+
+def beside_now(run: Run) -> dict[str, int]:
+    """Bytes that other tiers held at the most in the last counted step; before there is one, that they hold now."""
+    return list(run.timelines.values())[-1].elsewhere if run.timelines else run.built.meter.beside()
 
 
 def memory_now(run: Run) -> dict[str, int]:

@@ -108,7 +108,10 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         model = build_model(from_scratch, deepcopy(config), weights=weights, int8=int8, device=device, seed=cfg.seed)
         trainable = make_trainable(cfg, world, model)
         elsewhere = trainable.activations.ledger if trainable.activations else None
-        meter = MemoryMeter(model, trainable.optimizer, device, allocator=False, elsewhere=elsewhere)
+        states = trainable.states.ledger if trainable.states else None
+        meter = MemoryMeter(
+            model, trainable.optimizer, device, allocator=False, elsewhere=elsewhere, states_elsewhere=states
+        )
         trainable = replace(trainable, meter=meter)
         try:
             first = count(trainable, 0)
@@ -118,7 +121,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
             trainable.engine.spread.renew()
             steady = count(trainable, 1)
         except TierFull as error:
-            raise UserError(f"{error}. Give it more, or use activations.when_full=keep.") from error
+            raise UserError(f"{error}. {error.remedy}.") from error
         except RuntimeError as error:  # of torch: the size of a result depends on values, or nobody has written it down
             raise UserError(
                 f"model={cfg.model.name}: the step of {type(model).__name__} cannot be predicted "
@@ -131,16 +134,17 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         ranks=ranks,
         device=device.type,
         steps=steps,
-        notes=(*activation_notes(trainable), *kept_notes(trainable)),
+        notes=(*tier_notes(trainable), *kept_notes(trainable)),
     )
 
 
-def activation_notes(trainable: Trainable) -> tuple[str, ...]:
-    """What the policy of activations could not do as it was told."""
-    activations = trainable.activations
+def tier_notes(trainable: Trainable) -> tuple[str, ...]:
+    """What could not leave the device as it was told, and rules without effect."""
+    activations, states = trainable.activations, trainable.states
+    told = states.take_messages() if states is not None else []
     if activations is None:
-        return ()
-    return (*activations.take_messages(), *activations.rules_without_effect())
+        return tuple(told)
+    return (*told, *activations.take_messages(), *activations.rules_without_effect())
 
 
 def count(trainable: Trainable, step: int) -> Timeline:

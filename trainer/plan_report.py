@@ -12,7 +12,7 @@ from rich.text import Text
 
 from trainer.display.plots import KIND_COLORS
 from trainer.display.view import RunInfo
-from trainer.memory import KINDS, Peak, format_bytes
+from trainer.memory import KINDS, Peak, beside_text, format_bytes
 from trainer.memory.timeline import BETWEEN
 from trainer.plan import Plan
 from trainer.precision import precision_text
@@ -104,10 +104,7 @@ def binding(plan: Plan, instead: Instead) -> Text:
 
 def beside(plan: Plan) -> list[str]:
     """Say what other tiers hold at the most, and what of it could not be as asked."""
-    tiers = plan.steps[plan.highest].elsewhere
-    names = {"host": "host memory", "disk": "files on disk"}
-    held = " and ".join(f"{format_bytes(size)} of {names[tier]}" for tier, size in tiers.items())
-    return [*([f"Beside the device, activations take {held}."] if held else []), *plan.notes]
+    return [*beside_text(plan.steps[plan.highest].elsewhere), *plan.notes]
 
 
 def place(plan: Plan) -> str:

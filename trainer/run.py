@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from offload.config import Fate
-from offload.pool import TierFull, TierLost
+from offload.pool import TierError
 from optim.describe import uncoded
 from parallel.collectives import gather_objects
 from parallel.config import EngineName
@@ -102,7 +102,7 @@ def run_watched(cfg: Config) -> Result:
             if isinstance(ended, Interrupted):
                 recorder.notice(f"go on with: {resume_command(cfg, folder)}")
             raise
-        except (TierFull, TierLost) as error:
+        except TierError as error:
             raise TrainingStopped(tier_message(training, error)) from error
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory(training, error)) from error
@@ -241,15 +241,10 @@ def begin(
     )
 
 
-def tier_message(training: Run, error: Exception) -> str:
+def tier_message(training: Run, error: TierError) -> str:
     """Say which tier failed in which step, and from where the run goes on."""
     kept = f"step {training.saved_step} is saved" if training.saved_step else "nothing was saved yet"
-    remedy = (
-        "Give the tier more room, use activations.when_full=keep, or activations=recompute"
-        if isinstance(error, TierFull)
-        else "Use another activations.disk_dir, or activations=recompute"
-    )
-    return f"step {training.step + 1}: {error}. {remedy}; {kept}, and the same command goes on from there."
+    return f"step {training.step + 1}: {error}. {error.remedy}; {kept}, and the same command goes on from there."
 
 
 def out_of_memory(training: Run, error: BaseException) -> str:

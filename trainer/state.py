@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optim.base import MemoryOptimizer
 from optim.int8_model import plain_parts
+from optim.residency import Residency
 from trainer.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -40,11 +42,12 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 
 
 def optimizer_tensors(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """State tensors of `optimizer` by parameter name and key."""
+    """State tensors of `optimizer` by parameter name and key; of states off the device, where they lie."""
+    residency = optimizer.residency if isinstance(optimizer, MemoryOptimizer) else Residency()
     return {
         f"optim/{names[parameter]}/{key}": value
         for parameter, state in optimizer.state.items()
-        for key, value in state.items()
+        for key, value in residency.readable(parameter, state).items()
         if isinstance(value, Tensor)
     }
 

@@ -15,8 +15,8 @@ from trainer.display.progress import RunInfo
 from trainer.display.report import Memory, Outcome, print_report
 from trainer.errors import first_line
 from trainer.folder import RunFolder
-from trainer.loop import Run
-from trainer.memory import Peak
+from trainer.loop import Run, beside_now
+from trainer.memory import Peak, beside_text
 from trainer.metrics import read_metrics
 from trainer.model import global_shape, parameter_count
 from trainer.plan import predict
@@ -102,6 +102,8 @@ def figures(run: Run) -> dict[str, Any]:
         found["subspace"] = fit
     if run.timelines:
         peak = highest_peak(run)
+        if beside := beside_now(run):
+            found["beside"] = beside
         found |= {"memory": peak.by_kind, "memory_peak": peak.total, "memory_peak_phase": peak.phase}
     return found
 
@@ -125,6 +127,7 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
         memory=Memory(label=cfg.optim.name, by_kind=peak.by_kind),
         baseline=None if cfg.optim.name == "adamw" else adamw,
         phase=peak.phase,
+        beside=beside_text(beside_now(run)),
         first_loss=run.first_evaluation,
         last_loss=summary.get("eval_loss"),
         perplexity=summary.get("eval_perplexity"),

@@ -28,7 +28,7 @@ from rich.text import Text
 from trainer.display.plots import KIND_COLORS
 from trainer.display.units import duration_text, number_text, perplexity_text
 from trainer.display.view import CURVE, View
-from trainer.memory import format_bytes
+from trainer.memory import beside_text, format_bytes
 
 REFRESH = 4.0
 """Looks a second for something new to draw."""
@@ -49,6 +49,7 @@ def render(view: View, width: int, color: bool) -> RenderableType:
     parts += [*_progress(view, inner), Text(), _numbers(view)]
     if memory := view.record.get("memory"):
         parts += [Text(), *_memory(memory, view, inner, color)]
+        parts += [Text(line, "dim") for line in beside_text(view.record.get("beside") or {})]
     return Panel(
         Group(*parts),
         title=title,

@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Outcome:
     baseline: Memory | None = None
     phase: str = ""
     """Where in the step this run's peak was."""
+    beside: Sequence[str] = ()
+    """What lay off the device, a sentence for each kind."""
     first_loss: float | None = None
     """Held-out loss before the first step, nats a token."""
     last_loss: float | None = None
@@ -73,6 +75,7 @@ class Outcome:
 def final_report(outcome: Outcome) -> RenderableType:
     """Lay out the report for a console of any width from 60 columns on."""
     parts: list[RenderableType] = [Text(), _headline(outcome), Text(), _memory_table(outcome)]
+    parts += [Text(line) for line in outcome.beside]
     parts += [Text(), _results(outcome)]
     if outcome.authors_perplexity is not None:
         parts.append(Text(AUTHORS_NOTE, "dim"))

@@ -12,7 +12,7 @@ On CPU the count is exact but for scratch memory inside a kernel. On CUDA the ca
 truth for totals, and what it holds beyond the storages counted is shown as `unaccounted` within workspace.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -24,7 +24,17 @@ from trainer.memory.count import StorageCounter
 from trainer.memory.storages import HELD_KINDS, KINDS, held_bytes
 from trainer.memory.timeline import BETWEEN, Peak, Span, Timeline
 
-__all__ = ["HELD_KINDS", "KINDS", "MemoryMeter", "Peak", "Span", "Timeline", "by_kind_line", "format_bytes"]
+__all__ = [
+    "HELD_KINDS",
+    "KINDS",
+    "MemoryMeter",
+    "Peak",
+    "Span",
+    "Timeline",
+    "beside_text",
+    "by_kind_line",
+    "format_bytes",
+]
 
 _OFF = nullcontext()
 
@@ -57,7 +67,8 @@ class MemoryMeter:
         device: where the run computes; storages elsewhere are not counted.
         allocator: whether the CUDA allocator is asked too. It knows nothing of fake tensors, and resetting its peaks
             would disturb a run beside them.
-        elsewhere: account of what was moved to other tiers; None where nothing is.
+        elsewhere: account of activations that were moved to other tiers; None where none are.
+        states_elsewhere: account of states that were.
     """
 
     def __init__(
@@ -68,9 +79,12 @@ class MemoryMeter:
         *,
         allocator: bool = True,
         elsewhere: Ledger | None = None,
+        states_elsewhere: Ledger | None = None,
     ):
         self._model, self._optimizer, self._allocator = model, optimizer, allocator
-        self._elsewhere = elsewhere
+        self._elsewhere = {
+            prefix: ledger for prefix, ledger in (("", elsewhere), ("states_", states_elsewhere)) if ledger
+        }
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
@@ -81,6 +95,18 @@ class MemoryMeter:
     def held(self) -> dict[str, int]:
         """Bytes now of weights, gradients and states: each storage once, through views and wrapper subclasses."""
         return held_bytes(self._model, self._optimizer, self.device)
+
+    def beside(self) -> dict[str, int]:
+        """Bytes now in other tiers, as in `Timeline.elsewhere`; no part of what `held` counts."""
+        return self._held_elsewhere("held")
+
+    def _held_elsewhere(self, moment: str) -> dict[str, int]:
+        return {
+            prefix + tier: size
+            for prefix, ledger in self._elsewhere.items()
+            for tier, size in getattr(ledger, moment).items()
+            if size
+        }
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Mark what runs inside as phase `name`: forward, backward, clip, step, load, eval. Free while not counting."""
@@ -95,15 +121,14 @@ class MemoryMeter:
         """
         assert self._counting is None, "a step is being counted already"
         timeline = Timeline(device=str(self.device))
-        if self._elsewhere is not None:
-            self._elsewhere.restart_peaks()
+        for ledger in self._elsewhere.values():
+            ledger.restart_peaks()
         counting = self._counting = _Counting(self._model, self._optimizer, self.device, self._allocator)
         try:
             with counting.counter.counting():
                 yield timeline
             counting.finish(timeline)
-            if self._elsewhere is not None:
-                timeline.elsewhere = {tier: size for tier, size in self._elsewhere.peak.items() if size}
+            timeline.elsewhere = self._held_elsewhere("peak")
         finally:
             self._counting = None
 
@@ -159,3 +184,16 @@ def format_bytes(count: float) -> str:
 def by_kind_line(by_kind: dict[str, int]) -> str:
     """One line such as `weights 12.3 MiB · gradients 12.3 MiB · states 3.10 MiB`, in the order of the kinds."""
     return " · ".join(f"{kind} {format_bytes(by_kind[kind])}" for kind in KINDS if kind in by_kind)
+
+
+def beside_text(elsewhere: Mapping[str, int]) -> list[str]:
+    """What lies beside the device, as of `Timeline.elsewhere`: a sentence for each kind."""
+    found = []
+    for what, prefix in {"activations": "", "optimizer states": "states_"}.items():
+        places = {"host": "host memory", "disk": "files on disk"}
+        held = [
+            f"{format_bytes(elsewhere[prefix + t])} of {name}" for t, name in places.items() if prefix + t in elsewhere
+        ]
+        if held:
+            found.append(f"Beside the device, {what} take {' and '.join(held)}.")
+    return found

@@ -58,7 +58,8 @@ class Timeline:
     allocator: dict[str, tuple[int, int]] = field(default_factory=dict)
     """CUDA only: the allocator's peaks of each phase, in bytes allocated and requested."""
     elsewhere: dict[str, int] = field(default_factory=dict)
-    """Bytes of activations that other tiers (`host`, `disk`) held at the most; not among those of the device."""
+    """Bytes that other tiers held at the most: of activations `host` and `disk`, of states `states_host` and
+    `states_disk`; not among those of the device."""
 
     def fill(self, records: Sequence[Record], samples: int, spans: list[Span]) -> None:
         """Lay the lives of the storages over `samples` samples."""

@@ -1,0 +1,80 @@
+"""What a configuration gets wrong about other tiers: who may use them, and whether their folders can be written.
+
+Part of `trainer.check`; imports no torch either.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from offload.config import ActivationsConfig, Fate, OffloadConfig, StatePlace
+from parallel.config import EngineName
+from trainer.schema import Config
+
+
+def states_problems(cfg: Config) -> list[str]:
+    """Some engines and optimizers move states by themselves."""
+    asked = f"offload.states={cfg.offload.states.value}"
+    if cfg.offload.states is StatePlace.none:
+        return []
+    found = []
+    if cfg.parallel.engine is EngineName.deepspeed:
+        device = "nvme" if cfg.offload.states is StatePlace.disk else "cpu"
+        found.append(
+            f"{asked}: parallel.engine=deepspeed places states itself; use offload.states=none with "
+            f"deepspeed.zero_optimization.offload_optimizer.device={device}, or parallel.engine=torch"
+        )
+    if "_paged_" in cfg.optim.name:
+        other = "adamw" if cfg.optim.name == "bnb_paged_adamw" else cfg.optim.name.replace("paged_", "")
+        found.append(
+            f"{asked}: optim={cfg.optim.name} pages its states between device and host by itself; use "
+            f"offload.states=none, or optim={other}"
+        )
+    if cfg.offload.host_gib is not None and cfg.offload.host_gib * 2**30 > host_bytes():
+        found.append(
+            f"offload.host_gib={cfg.offload.host_gib:g}: this machine has {host_bytes() / 2**30:.1f} GiB of memory in "
+            "all; use less, or offload.states=disk"
+        )
+    return found
+
+
+def tier_problems(cfg: Config) -> list[str]:
+    """Folders of tiers, at the start of a run."""
+    return activations_disk_problems(cfg.activations) + states_disk_problems(cfg.offload)
+
+
+def host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def activations_disk_problems(cfg: ActivationsConfig) -> list[str]:
+    try:
+        used = Fate.disk in cfg.fates()
+    except ValueError:  # a rule that is no rule, which is reported by itself
+        return []
+    return folder_problems("activations", cfg.folder(), cfg.disk_gib) if used else []
+
+
+def states_disk_problems(cfg: OffloadConfig) -> list[str]:
+    used = cfg.states is StatePlace.disk
+    return folder_problems("offload", cfg.folder(), cfg.disk_gib) if used else []
+
+
+def folder_problems(section: str, folder: Path, disk_gib: float | None) -> list[str]:
+    """The folder must be there, take files, and have the room that is asked for."""
+    asked, remedy = f"{section}.disk_dir={folder}", f"give a folder on a local disk with {section}.disk_dir=PATH"
+    if not folder.is_dir():
+        return [f"{asked}: is no folder; make it, or {remedy}"]
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return [f"{asked}: cannot write there ({error.strerror}); {remedy}"]
+    free = shutil.disk_usage(folder).free
+    if disk_gib is not None and disk_gib * 2**30 > free:
+        return [
+            f"{section}.disk_gib={disk_gib:g}: {folder} has {free / 2**30:.1f} GiB free; "
+            f"use {section}.disk_gib={max(free / 2**30 * 0.9, 0.1):.1f}, or {remedy}"
+        ]
+    return []
