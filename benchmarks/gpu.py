@@ -117,6 +117,19 @@ def optimizer_steps(sizes: str, arms: str = "") -> Job:
     return job
 
 
+def offloaded_states(size: str, blocks: int, optim: str) -> Job:
+    """Step time and device bytes with states on the host and on disk, beside states that stay."""
+
+    def job(seconds: float) -> dict[str, Any]:
+        command = ["-m", "benchmarks.optimizer_offload", "--size", size, "--blocks", str(blocks), "--optim", optim]
+        with tempfile.TemporaryDirectory() as folder:
+            status, output = call([*command, "--out", folder], seconds)
+            result = Path(folder) / "optimizer_offload.json"
+            return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
+
+    return job
+
+
 def amortised(
     size: str, gap: int = 200, bars: tuple[tuple[str, float], ...] = (("galore", 1.3), ("apollo", 1.1))
 ) -> Job:
@@ -207,6 +220,18 @@ SUITES: dict[str, dict[str, Job]] = {
         "int8": blocks_of_8b("activations=int8"),
         "fp8_products_by_rows": blocks_of_8b(
             "precision.compute=fp8", "precision.fp8_recipe=rowwise", "activations=lean"
+        ),
+    },
+    "offload_states": {
+        "adamw_8_blocks_of_7b": offloaded_states("7B", 8, "adamw,galore,adamw_8bit"),
+        "host": train_job(
+            [*LLAMA_130M, "optim=adamw", "offload=host", "train.steps=12", "train.eval_every=0", "checkpoint.every=0"]
+        ),
+        "resident": train_job(
+            [*LLAMA_130M, "optim=adamw", "train.steps=12", "train.eval_every=0", "checkpoint.every=0"]
+        ),
+        "disk": train_job(
+            [*LLAMA_130M, "optim=adamw", "offload=disk", "train.steps=12", "train.eval_every=0", "checkpoint.every=0"]
         ),
     },
     "optimizers": {

@@ -69,6 +69,8 @@ def low(name: str, rank: int = 32, *more: str) -> Value:
 
 LOSSY = {"activations": OWN, "mlp": OWN, "blocks": OWN}
 """What 8-bit codes lose depends on what is saved: the reference saves the same."""
+WINDOW = "offload.window_mib=0.05"
+"""A few parameters of the tiny model step at a time."""
 SMALL = "activations.min_bytes=256"
 """Activations of the tiny model are worth moving."""
 ALL = 0
@@ -164,6 +166,9 @@ AXES: tuple[Axis, ...] = (
     Axis("accumulation", "micro-steps of a step", False, tuple(v(n, micro_steps=n) for n in (1, 2, 4))),
     Axis("in_backward", "whether each parameter is stepped within backward", False, (
         v("no"), v("yes", "optim.in_backward=true"),
+    )),
+    Axis("offload", "where optimizer states are between two steps", False, (
+        v("none"), v("host", "offload.states=host", WINDOW), v("disk", "offload.states=disk", WINDOW),
     )),
     Axis("activations", "what becomes of saved activations; what 8-bit codes lose, the reference loses too", False, (
         v("keep"),
