@@ -194,6 +194,9 @@ class OffloadConfig:
     window_mib: float = 128.0
     """MiB of states that step at a time; as much arrives meanwhile, and as much leaves. A parameter that has more by
     itself is a window of its own."""
+    gradients: bool = False
+    """Whether gradients leave too: each for host memory as soon as it is complete in backward; there micro-steps add
+    up, and it comes back when its parameter steps. Not with DDP, whose buckets nothing frees."""
     host_gib: float | None = None
     """GiB of host memory that the states of one rank may take; default: no limit."""
     disk_gib: float | None = None
@@ -204,6 +207,10 @@ class OffloadConfig:
     when_full: WhenFull = WhenFull.stop
     """What to do when a tier has no room for all states or fails to take one: `stop` the run, before its first step
     where that shows then, or `keep` on the device what does not go."""
+
+    @property
+    def moves_states(self) -> bool:
+        return self.states is not StatePlace.none
 
     def folder(self) -> Path:
         """Where the disk tier's file is made."""
@@ -217,11 +224,11 @@ class OffloadConfig:
             if (value := getattr(self, name)) is not None and not value > 0
         ]
         only = {"host_gib": StatePlace.host, "disk_gib": StatePlace.disk, "disk_dir": StatePlace.disk}
-        for name in ("window_mib", "when_full", *only):
+        for name in ("window_mib", "gradients", "when_full", *only):
             value, place = getattr(self, name), only.get(name, self.states)
             if value != getattr(OffloadConfig, name) and (self.states is StatePlace.none or self.states is not place):
                 wanted = only.get(name, StatePlace.host).value
-                shown = value.value if isinstance(value, Enum) else value
+                shown = value.value if isinstance(value, Enum) else str(value).lower()
                 found.append(
                     f"offload.{name}={shown}: has no effect, as no states go to {wanted}; use offload.states={wanted}"
                 )

@@ -16,7 +16,6 @@ from offload.streams import Ticket
 from offload.tiers import Room
 from optim.residency import State
 from parallel.dtensor import Layout, with_part
-from parallel.spread import stored
 
 ALIGN = 64
 """Bytes: where a tensor may begin, as kernels that load vectors ask."""
@@ -28,7 +27,7 @@ class Parcel:
     def __init__(self, name: str, state: State) -> None:
         self.name = name
         self.state = state
-        tensors = [plain for value in state.values() if isinstance(value, Tensor) for plain in stored(value)]
+        tensors = [part_of(value) for value in state.values() if isinstance(value, Tensor)]
         self.rank_bytes = sum(rank_bytes(value) for value in state.values() if isinstance(value, Tensor))
         """The same on every rank, though shards may be uneven."""
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
@@ -128,10 +127,15 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return empty.set_(storage, 0, (storage.nbytes(),), (1,))  # type: ignore[call-overload,no-any-return]
 
 
+def part_of(tensor: Tensor) -> Tensor:
+    """The very tensor that holds a DTensor's part here; a plain one itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
 def seen_in(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:
     """A tensor like `tensor`, at the same place of another storage."""
     if isinstance(tensor, DTensor):
-        return with_part(tensor, seen_in(storage, tensor._local_tensor))
+        return with_part(tensor, seen_in(storage, part_of(tensor)))
     made = torch.empty(0, dtype=tensor.dtype, device=storage.device)
     return made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload,no-any-return]
 

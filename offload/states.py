@@ -16,7 +16,7 @@ keeps its own step, low-rank products and sums over ranks included, at the price
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from offload.config import OffloadConfig, StatePlace, WhenFull
+from offload.gradients import GradientsAway
 from offload.parcel import Parcel
 from offload.pool import HostPool, Ledger, TierFull
 from offload.streams import Copies
@@ -58,7 +59,20 @@ class OffloadedStates(Residency):
         self._last: Parcel | None = None
         self._early: Parcel | None = None
         self._refusal: str | None = None
+        self.gradients: GradientsAway | None = None
+        """What keeps gradients elsewhere too, until their parameter steps."""
         self._told = 0
+
+    def take_gradients(self, parameters: Sequence[Tensor]) -> GradientsAway:
+        """From now on have gradients leave in backward, and come back with their states."""
+        self.gradients = GradientsAway(parameters, self._device, self._copies)
+        return self.gradients
+
+    @property
+    def ledgers(self) -> dict[str, Ledger]:
+        """Accounts of what is elsewhere, by a prefix for its tiers."""
+        away = {"gradients_": self.gradients.ledger} if self.gradients is not None else {}
+        return {"states_": self.ledger} | away
 
     @property
     def total(self) -> int:
@@ -111,13 +125,20 @@ class OffloadedStates(Residency):
             parcels = [self._parcels[p] for p in params]
             if following is not None:
                 self._fetch(following[1])
-            for parcel in parcels:
+            for p, parcel in zip(params, parcels, strict=True):
                 parcel.arrive()
+                if self.gradients is not None:
+                    self.gradients.arrive(p)
             yield group, params
             self._let_go()
-            for parcel in parcels:
+            for p, parcel in zip(params, parcels, strict=True):
                 self._send(parcel)
+                if self.gradients is not None:
+                    self.gradients.release(p)
         self._let_go()
+
+    def has_gradient(self, p: Tensor) -> bool:
+        return p.grad is not None or (self.gradients is not None and p in self.gradients)
 
     @contextmanager
     def here(self, p: Tensor, *, written: bool = True) -> Iterator[None]:
@@ -143,7 +164,7 @@ class OffloadedStates(Residency):
     def readable(self, p: Tensor, state: State) -> State:
         self.rest()
         if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # it waits for all copies out; the reader is the host
+            torch.cuda.synchronize(self._device)  # the reader is the host, which waits for no copy so far
         return self._parcels[p].readable() if p in self._parcels else state
 
     # --- windows ---
@@ -165,6 +186,8 @@ class OffloadedStates(Residency):
     def _fetch(self, params: list[Tensor]) -> None:
         for p in params:
             self._parcels[p].fetch(self.ledger)
+            if self.gradients is not None:
+                self.gradients.fetch(p)
 
     def _fetch_follower(self, parcel: Parcel) -> None:
         """Begin to bring what was asked for after `parcel` the last time: hooks come in the same order every step."""
@@ -245,8 +268,3 @@ def offloaded(optimizer: Optimizer) -> OffloadedStates | None:
     """What keeps the states of an optimizer elsewhere, if anything does."""
     residency = getattr(optimizer, "residency", None)
     return residency if isinstance(residency, OffloadedStates) else None
-
-
-def moves_states(cfg: OffloadConfig) -> bool:
-    """Whether states are to leave the device."""
-    return cfg.states is not StatePlace.none

@@ -30,6 +30,11 @@ class Ticket:
     def __init__(self, work: Future[Any] | None = None, event: Any = None) -> None:
         self._work, self._event = work, event
 
+    @property
+    def event(self) -> Any:
+        """On CUDA that of a copy between memories; None otherwise."""
+        return self._event
+
     def wait(self) -> None:
         """Let nothing that follows on this thread (and its CUDA stream) run before the copy is done.
 
@@ -72,10 +77,14 @@ class Copies:
             return Ticket(event=self._copy_cuda("out", pinned(far), near))
         return self._thread("out", copy_bytes, far, near)
 
-    def back(self, far: Memory, near: Tensor) -> Ticket:
-        """Copy (n,) bytes from host memory to the device. Both must live until the ticket is waited for."""
+    def back(self, far: Memory, near: Tensor, since: "Ticket | None" = None) -> Ticket:
+        """Copy (n,) bytes from host memory to the device. Both must live until the ticket is waited for.
+
+        Args:
+            since: the copy out of these bytes, which may have been waited for by another stream than the current one.
+        """
         if self._cuda:
-            return Ticket(event=self._copy_cuda("back", near, pinned(far)))
+            return Ticket(event=self._copy_cuda("back", near, pinned(far), also=since.event if since else None))
         return self._thread("back", copy_bytes, near, far)
 
     def write(self, near: Tensor, staging: Tensor | None, put: Callable[[memoryview], None]) -> Ticket:
@@ -103,6 +112,10 @@ class Copies:
 
         return self._thread("back", read)
 
+    def beside(self, work: Callable[[], None]) -> Ticket:
+        """Do work of the host on a thread of its own, one after the other."""
+        return self._thread("beside", work)
+
     def _thread(self, direction: str, work: Callable[..., Any], *args: Any) -> Ticket:
         if direction not in self._threads:
             self._threads[direction] = ThreadPoolExecutor(1, thread_name_prefix=f"stowage-{direction}")
@@ -120,13 +133,16 @@ class Copies:
 
         return Ticket(work=self._threads[direction].submit(run))
 
-    def _copy_cuda(self, direction: str, target: Tensor, source: Tensor, after: Any = None) -> Any:
-        """Copy on the stream of `direction`, after the event `after` or all that the compute stream has to do now."""
+    def _copy_cuda(self, direction: str, target: Tensor, source: Tensor, after: Any = None, also: Any = None) -> Any:
+        """Copy on the stream of `direction`, after the event `after` or all that the compute stream has to do now, and
+        after the event `also`."""
         with torch.cuda.device(self._device):
             if direction not in self._streams:
                 self._streams[direction] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream = self._streams[direction]
             stream.wait_event(after or torch.cuda.current_stream().record_event())
+            if also is not None:
+                stream.wait_event(also)
             with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
                 return stream.record_event()

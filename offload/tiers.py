@@ -60,13 +60,16 @@ class HostRoom:
             raise no_room(f"{section}.host_gib", pool.budget, nbytes, pool.reserved - pool.idle)
         self._buffer, self._pool, self._copies, self._ledger = buffer, pool, copies, ledger
         self._open: list[Ticket] = []
+        self._put: Ticket | None = None
         ledger.hold(self.tier, nbytes)
 
     def put(self, near: Tensor) -> Ticket:
-        return self._started(DONE if self._buffer.memory is None else self._copies.out(near, self._buffer.memory))
+        self._put = DONE if self._buffer.memory is None else self._copies.out(near, self._buffer.memory)
+        return self._started(self._put)
 
     def get(self, near: Tensor) -> Ticket:
-        return self._started(DONE if self._buffer.memory is None else self._copies.back(self._buffer.memory, near))
+        memory = self._buffer.memory
+        return self._started(DONE if memory is None else self._copies.back(memory, near, self._put))
 
     def settled(self) -> None:
         """Note that the copies so far were waited for."""

@@ -131,7 +131,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         asked = []
         for group in self.param_groups:
             self.refuse_sparse(group["params"])
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for p in group["params"] if self.residency.has_gradient(p)]
             for p in params:
                 self._require_state(p, group)  # of one unfrozen since construction
             if params:

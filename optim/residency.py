@@ -27,6 +27,10 @@ class Residency:
         """Yield all of `asked`, in order, in pieces whose states are here until the next one is asked for."""
         yield from asked
 
+    def has_gradient(self, p: Tensor) -> bool:
+        """Whether there is a gradient to step with, here or where it comes from with its state."""
+        return p.grad is not None
+
     @contextmanager
     def here(self, p: Tensor, *, written: bool = True) -> Iterator[None]:
         """Have one parameter's state here inside; `written` unless it is only read."""

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from parallel.config import Accumulate, ParallelConfig
 from parallel.dtensor import local
 from parallel.mesh import Grid
-from parallel.spread import Spread, norms_of
+from parallel.spread import Spread
 
 
 class Shards(Spread):
@@ -76,8 +76,8 @@ class Shards(Spread):
     def gradients(self) -> list[Tensor]:
         return [local(p.grad) for p in self.trainable.values() if p.grad is not None]
 
-    def gradient_norms(self) -> Tensor:
-        squares = norms_of(self.gradients()).square()
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        squares = norms.square()
         dist.all_reduce(squares, group=self.grid.shards)
         return squares.sqrt()
 

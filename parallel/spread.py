@@ -45,7 +45,11 @@ class Spread:
 
     def gradient_norms(self) -> Tensor:
         """2-norm of each of the whole gradients, in the order of `gradients`; (count,) on the device."""
-        return norms_of(self.gradients())
+        return self.whole_norms(norms_of(self.gradients()))
+
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """Norms of whole gradients from those of this rank's parts, (count,) on the device."""
+        return norms
 
     def gradient_norm(self) -> Tensor:
         """2-norm of all gradients, a scalar on the device, the same on every rank."""

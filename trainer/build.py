@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from offload.activations import Activations
 from offload.pool import TierError
-from offload.states import OffloadedStates, moves_states, offloaded
+from offload.states import OffloadedStates, offloaded
 from optim import registry
 from optim.in_backward import InBackward
 from optim.residency import kept_by
@@ -114,11 +114,13 @@ def try_out(cfg: Config, world: World, model: nn.Module, vocab_size: int) -> Non
 def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, InBackward | None]:
     """Lay `model` over the ranks; return the optimizer of what is left here, its engine, and its update in backward."""
     spread = place(cfg, world, model)
-    with kept_by(OffloadedStates(cfg.offload, world.device)) if moves_states(cfg.offload) else nullcontext():
+    with kept_by(OffloadedStates(cfg.offload, world.device)) if cfg.offload.moves_states else nullcontext():
         optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding(cfg.precision))
-    states = offloaded(optimizer)
+    states, away = offloaded(optimizer), None
     if states is not None:
         states.require_room()
+        if cfg.offload.gradients:
+            away = states.take_gradients([p for _, p in spread.named_parameters() if p.requires_grad])
     optimizer.check_finite = False  # the step has looked at the global norm before it lets an optimizer run
     in_backward = None
     if cfg.optim.in_backward:
@@ -126,7 +128,7 @@ def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, 
         if cfg.parallel.zero > 1 and world.process_count > 1 and world.gradients is None:
             optimizer.shard_group = dist.new_group()  # FSDP2 keeps its own busy while the hooks run
         in_backward = InBackward(optimizer, world, clip_norm=cfg.train.clip_norm, clip_by=clip_by)
-    return optimizer, TorchEngine(spread, optimizer), in_backward
+    return optimizer, TorchEngine(spread, optimizer, away), in_backward
 
 
 def with_library(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, None]:
@@ -167,7 +169,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
             optimizer,
             world.device,
             elsewhere=activations.ledger if activations else None,
-            states_elsewhere=states.ledger if states else None,
+            beside=states.ledgers if states is not None else None,
         ),
         loss=loss,
         activations=activations,

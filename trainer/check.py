@@ -13,7 +13,7 @@ from pathlib import Path
 
 from parallel.config import SequenceKind
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
-from trainer.check_offload import states_problems, tier_problems
+from trainer.check_offload import gradients_problems, states_problems, tier_problems
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.loss.config import LossConfig, LossKind
@@ -117,7 +117,7 @@ def start_problems(cfg: Config) -> list[str]:
 
 def rank_count_problems(cfg: Config, ranks: int) -> list[str]:
     """Check what depends on the number of ranks."""
-    found = shard_problems(cfg, ranks) + sequence_problems(cfg, ranks)
+    found = gradients_problems(cfg, ranks) + shard_problems(cfg, ranks) + sequence_problems(cfg, ranks)
     shares = max(1, ranks // cfg.parallel.degree(ranks))
     return found + (batch_problems(cfg, shares) or two_pass_problems(cfg, shares))
 

@@ -25,6 +25,11 @@ def states_problems(cfg: Config) -> list[str]:
             f"{asked}: parallel.engine=deepspeed places states itself; use offload.states=none with "
             f"deepspeed.zero_optimization.offload_optimizer.device={device}, or parallel.engine=torch"
         )
+    if cfg.offload.gradients and cfg.optim.in_backward:
+        found.append(
+            "offload.gradients=true: with optim.in_backward=true each gradient is stepped with and freed as soon as it "
+            "is complete, so that none is left to leave; use one of the two"
+        )
     if "_paged_" in cfg.optim.name:
         other = "adamw" if cfg.optim.name == "bnb_paged_adamw" else cfg.optim.name.replace("paged_", "")
         found.append(
@@ -37,6 +42,16 @@ def states_problems(cfg: Config) -> list[str]:
             "all; use less, or offload.states=disk"
         )
     return found
+
+
+def gradients_problems(cfg: Config, ranks: int) -> list[str]:
+    """DDP's buckets are what gradients are views of."""
+    if not cfg.offload.gradients or ranks == 1 or cfg.parallel.zero > 1:
+        return []
+    return [
+        f"offload.gradients=true: with parallel.zero={cfg.parallel.zero} on {ranks} ranks gradients lie in DDP's "
+        "buckets, which nothing frees; use parallel.zero=2 or 3"
+    ]
 
 
 def tier_problems(cfg: Config) -> list[str]:

@@ -244,7 +244,7 @@ def counted(run: Run, first_step: int) -> Iterator[None]:
 
 def beside_now(run: Run) -> dict[str, int]:
     """Bytes that other tiers held at the most in the last counted step; before there is one, that they hold now."""
-    return list(run.timelines.values())[-1].elsewhere if run.timelines else run.built.meter.beside()
+    return list(run.timelines.values())[-1].elsewhere if run.timelines else run.built.meter.held_beside()
 
 
 def memory_now(run: Run) -> dict[str, int]:

@@ -108,9 +108,13 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         model = build_model(from_scratch, deepcopy(config), weights=weights, int8=int8, device=device, seed=cfg.seed)
         trainable = make_trainable(cfg, world, model)
         elsewhere = trainable.activations.ledger if trainable.activations else None
-        states = trainable.states.ledger if trainable.states else None
         meter = MemoryMeter(
-            model, trainable.optimizer, device, allocator=False, elsewhere=elsewhere, states_elsewhere=states
+            model,
+            trainable.optimizer,
+            device,
+            allocator=False,
+            elsewhere=elsewhere,
+            beside=trainable.states.ledgers if trainable.states is not None else None,
         )
         trainable = replace(trainable, meter=meter)
         try:

@@ -18,11 +18,14 @@ from trainer.step import train_step
 
 WINDOW = "offload.window_mib=0.005"
 HOST, DISK = ["offload=host", WINDOW], ["offload=disk", WINDOW]
+AWAY = [*HOST, "offload.gradients=true"]
 GALORE = ["optim=galore", "optim.rank=4", "optim.update_proj_gap=2"]
 """With clipping to the global norm and twelve micro-steps, or six on two ranks (`BASE`)."""
 CASES = [
     (["optim=adamw", "parallel.zero=1"], HOST),
     (["optim=adamw", "parallel.zero=3"], DISK),
+    (["optim=adamw", "parallel.zero=2", "train.clip_by=parameter"], AWAY),
+    ([*GALORE, "parallel.zero=3", "parallel.accumulate=local"], AWAY),
     ([*GALORE, "parallel.zero=0"], DISK),
     ([*GALORE, "parallel.zero=2"], HOST),
     ([*GALORE, "parallel.zero=3", "optim.in_backward=true", "train.clip_by=parameter"], HOST),
@@ -70,6 +73,24 @@ def test_an_update_in_backward_brings_each_state_in_time(clip: str) -> None:
     micro = "train.micro_batch=12" if clip == "two_pass" else "train.micro_batch=4"
     case = [*GALORE, "optim.in_backward=true", f"train.clip_by={clip}", micro]
     require_same(train(case, World(), 5), train([*case, *DISK], World(), 5))
+
+
+@pytest.mark.parametrize("more", [[], ["train.clip_by=parameter"], ["precision=bf16_sr"]], ids=str)
+def test_gradients_that_leave_in_backward_add_up_and_clip_as_ever(more: list[str]) -> None:
+    case = [*GALORE, "train.micro_batch=4", *more]
+    require_same(train(case, World(), 5), train([*case, *AWAY], World(), 5))
+
+
+def test_gradients_that_leave_are_never_all_on_the_device() -> None:
+    overrides = [*NARROW, "optim=adamw", "train.micro_batch=1"]
+    away, kept = plan(*overrides, *AWAY), plan(*overrides, *HOST)
+    assert peaks(away) == real_peaks([*overrides, *AWAY])
+    for phase in ("forward", "clip"):
+        held = [found.steps["steady"].peak_by_phase[phase].by_kind["gradients"] for found in (away, kept)]
+        assert held[0] < held[1] / 3, f"{phase}: {held}"
+    assert away.steps["steady"].elsewhere["gradients_host"] >= kept.steps["steady"].at(0)["gradients"]
+    clip = [found.steps["steady"].ends("clip")[0]["gradients"] for found in (away, kept)]
+    assert clip[0] == 0 < clip[1]
 
 
 def go_on(folder: Path, overrides: list[str], world: World, begin: int, steps: int = 3) -> dict[str, Tensor]:
@@ -142,6 +163,8 @@ def test_a_plan_is_what_is_counted_and_the_device_has_the_states_bytes_less(tier
         (["offload=host", "offload.disk_gib=1"], "no states go to disk; use offload.states=disk"),
         (["offload.when_full=keep"], "offload.when_full=keep: has no effect, as no states go to host"),
         (["offload=host", "optim=bnb_paged_adamw"], "pages its states between device and host by itself"),
+        (["offload.gradients=true"], "offload.gradients=true: has no effect, as no states go to host"),
+        (["offload=host", "offload.gradients=true", "optim.in_backward=true"], "none is left to leave"),
         (
             ["offload=disk", "parallel.engine=deepspeed"],
             "use offload.states=none with deepspeed.zero_optimization.offload_optimizer.device=nvme",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from offload.gradients import GradientsAway
 from optim.schedule import scale_rates
 from parallel.spread import Spread
 from trainer.engines.base import Numbers
@@ -20,11 +21,13 @@ class TorchEngine:
 
     Args:
         optimizer: over the parameters of `spread`.
+        away: what has taken the gradients off the device when backward is done, if anything has.
     """
 
-    def __init__(self, spread: Spread, optimizer: Optimizer) -> None:
+    def __init__(self, spread: Spread, optimizer: Optimizer, away: GradientsAway | None = None) -> None:
         self.spread = spread
         self.optimizer = optimizer
+        self.away = away
 
     @property
     def model(self) -> nn.Module:
@@ -38,19 +41,31 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this micro-step's share of the loss."""
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.away is not None:
+            self.away.settle()
 
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients, a device scalar; the same on every rank."""
-        return self.spread.gradient_norm()
+        if self.away is None:
+            return self.spread.gradient_norm()
+        norm: Tensor = torch.linalg.vector_norm(self.spread.whole_norms(self.away.norms()))
+        return norm
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Scale all gradients down to `max_norm`, given their `norm`."""
-        gradients = self.spread.gradients()
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        if self.away is not None:
+            self.away.scale(factor)
+            return
         # as torch.nn.utils.clip_grads_with_norm_ does, which cannot scale DTensors by a plain number on their device
-        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        torch._foreach_mul_(self.spread.gradients(), factor)
 
     def clip_each(self, max_norm: float) -> None:
         """Scale each gradient down to `max_norm` by its own norm."""
+        if self.away is not None:
+            norms = self.spread.whole_norms(self.away.norms())
+            self.away.scale(torch.clamp(max_norm / (norms + 1e-6), max=1.0))
+            return
         norms = self.spread.gradient_norms()
         torch._foreach_mul_(self.spread.gradients(), list(torch.clamp(max_norm / (norms + 1e-6), max=1.0)))
 
@@ -64,6 +79,8 @@ class TorchEngine:
     def clear_gradients(self) -> None:
         """Free the gradients (DDP's buckets stay, as views of them are what `.grad` is)."""
         self.spread.clear_gradients()
+        if self.away is not None:
+            self.away.clear()
 
     def tensors(self) -> dict[str, Any]:
         """Weights and optimizer states, as `trainer.state` names them."""

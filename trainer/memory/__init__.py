@@ -68,7 +68,7 @@ class MemoryMeter:
         allocator: whether the CUDA allocator is asked too. It knows nothing of fake tensors, and resetting its peaks
             would disturb a run beside them.
         elsewhere: account of activations that were moved to other tiers; None where none are.
-        states_elsewhere: account of states that were.
+        beside: accounts of other kinds that were, each by the prefix that its tiers are told with.
     """
 
     def __init__(
@@ -79,12 +79,10 @@ class MemoryMeter:
         *,
         allocator: bool = True,
         elsewhere: Ledger | None = None,
-        states_elsewhere: Ledger | None = None,
+        beside: Mapping[str, Ledger] | None = None,
     ):
         self._model, self._optimizer, self._allocator = model, optimizer, allocator
-        self._elsewhere = {
-            prefix: ledger for prefix, ledger in (("", elsewhere), ("states_", states_elsewhere)) if ledger
-        }
+        self._elsewhere = ({} if elsewhere is None else {"": elsewhere}) | dict(beside or {})
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
@@ -96,7 +94,7 @@ class MemoryMeter:
         """Bytes now of weights, gradients and states: each storage once, through views and wrapper subclasses."""
         return held_bytes(self._model, self._optimizer, self.device)
 
-    def beside(self) -> dict[str, int]:
+    def held_beside(self) -> dict[str, int]:
         """Bytes now in other tiers, as in `Timeline.elsewhere`; no part of what `held` counts."""
         return self._held_elsewhere("held")
 
@@ -189,7 +187,7 @@ def by_kind_line(by_kind: dict[str, int]) -> str:
 def beside_text(elsewhere: Mapping[str, int]) -> list[str]:
     """What lies beside the device, as of `Timeline.elsewhere`: a sentence for each kind."""
     found = []
-    for what, prefix in {"activations": "", "optimizer states": "states_"}.items():
+    for what, prefix in {"activations": "", "optimizer states": "states_", "gradients": "gradients_"}.items():
         places = {"host": "host memory", "disk": "files on disk"}
         held = [
             f"{format_bytes(elsewhere[prefix + t])} of {name}" for t, name in places.items() if prefix + t in elsewhere
