@@ -258,6 +258,7 @@ def out_of_memory(training: Run, error: BaseException) -> str:
     advice += ["activations=recompute"] if cfg.activations.fate is Fate.keep else []
     advice += ["precision=bf16"] if cfg.precision.compute is Dtype.fp32 else []
     advice += ["optim=galore"] if cfg.optim.name == "adamw" else []
+    advice += [] if cfg.offload.moves_states else ["offload=host"]
     return (
         f"out of memory at step {training.step + 1} ({first_line(error)}). Counted before: {where}. "
         f"Needs less: {', '.join(advice) or 'a smaller model or data.sequence_length'}."

@@ -117,6 +117,7 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
     """What the final table says: this run beside plain AdamW, whose steady step differs in the states alone."""
     cfg, peak = run.built.cfg, highest_peak(run)
     steady = run.timelines["steady"].peak if "steady" in run.timelines else peak
+    moved = cfg.offload.moves_states
     adamw = Memory(label="adamw", by_kind={**steady.by_kind, "states": adamw_share(run)})
     return Outcome(
         name=cfg.recipe or cfg.run.name,
@@ -124,8 +125,8 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
         tokens=run.tokens,
         seconds=summary["seconds"],
         tokens_per_second=summary["tokens_per_second"],
-        memory=Memory(label=cfg.optim.name, by_kind=peak.by_kind),
-        baseline=None if cfg.optim.name == "adamw" else adamw,
+        memory=Memory(label=cfg.optim.name + f" ({cfg.offload.states.value})" * moved, by_kind=peak.by_kind),
+        baseline=None if cfg.optim.name == "adamw" and not moved else adamw,
         phase=peak.phase,
         beside=beside_text(beside_now(run)),
         first_loss=run.first_evaluation,
