@@ -19,6 +19,10 @@ def ignored(combination: Combination, found: Trained, reference: Trained) -> lis
     groups = int(combination["replicas"]) if sharded else combination.ranks
     for kind in ("weights", "states"):
         whole, held = alone.between[kind], [each[kind] for each in between]
+        if kind == "states" and combination["offload"] != "none":
+            if max(held):
+                said.append(f"offload={combination['offload']}: {max(held)} bytes of states on a rank's device")
+            continue
         if combination["engine"] == "deepspeed":  # keeps weights to compute with beside those it steps, its masters
             if kind == "weights":
                 continue
