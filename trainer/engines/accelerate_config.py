@@ -25,7 +25,7 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use FSDP (fsdp_version: 2) or DeepSpeed in the file"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "a parallelism_config",
-        "leave it out; parallel.replicas is dp_replicate_size",
+        "leave it out; parallel.replicas is dp_replicate_size, parallel.sequence=ring cp_size, =ulysses sp_size",
     ),
     "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "use DeepSpeed's offload_optimizer_device: cpu"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "use activations=recompute"),
