@@ -84,6 +84,19 @@ def test_in_bf16_the_reported_loss_is_right_and_gradients_are_as_good_as_the_pla
         assert (one - reference).norm() <= max(3e-3 * reference.norm(), 1.2 * (other - reference).norm())
 
 
+def test_in_bf16_gradients_are_scaled_by_one_in_all_targets_and_not_by_what_bf16_makes_of_it() -> None:
+    """1/337 is 0.24 % from its bf16."""
+    *values, labels = case(rows=422, rounded=torch.bfloat16)
+    targets = int((labels != IGNORE).sum())
+    assert abs(float(torch.tensor(1 / targets).bfloat16()) * targets - 1) > 2e-3
+    sums = []
+    for factor in (1.0, 1 / targets):
+        leaves = [None if t is None else t.bfloat16().requires_grad_() for t in values]
+        (linear_loss_sum(*leaves, labels, Terms()) * factor).backward()
+        sums.append([leaf.grad.double().norm() / factor for leaf in leaves if leaf is not None])
+    assert all(abs(float(scaled / plain - 1)) < 3e-4 for plain, scaled in zip(*sums, strict=True))
+
+
 @pytest.mark.parametrize("function", [linear_loss_sum, torch_loss_sum], ids=["chunked", "torch"])
 def test_a_shard_without_targets_adds_zero_and_no_gradient(function: LinearLoss) -> None:
     hidden, weight, bias, labels = case()
