@@ -73,6 +73,7 @@ def run_watched(cfg: Config) -> Result:
         checkpoint = find_checkpoint(cfg, store)
         watch.phase = "reading data, building the model"
         built = build(cfg, world)
+        stack.callback(built.engine.close)
         remarks = [*built.remarks, *check_tiers(built)]
         if world.leads:
             save_config(cfg, folder.config)

@@ -40,8 +40,8 @@ class Value:
     overrides: tuple[str, ...] = ()
     settings: Mapping[str, Any] | None = None
     """What no override says: `ranks`, `degree` (ranks that share a row), `micro_steps`, `resume`; `reference`, values
-    that its reference has where others have that of the method or the default, OWN the combination's own; `drifts`,
-    whether how a batch is split shows even in fp64."""
+    that its reference has where others have that of the method or the default, OWN the combination's own, and `narrow`,
+    the same for formats narrower than fp64; `drifts`, whether how a batch is split shows even in fp64."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ ALL = 0
 """Every rank shares every row."""
 REFRESHED = f"optim.update_proj_gap={GAP}"
 
+# Where a value computes the same in another way, narrow formats round at other places, all rows alike, which no split
+# of a batch shows: its reference then computes in that way too, and ways are compared with each other in fp64. What a
+# loss multiplies with before it rounds (nothing, or one in all targets) decides whether the gradient of each target,
+# nearly the same number in all rows of a new model, goes up in all of them or down: 2e-3 of all gradients in bf16. A
+# lean norm sums its weight's gradient from fp32 products.
 AXES: tuple[Axis, ...] = (
     Axis("optimizer", "every registered name", True, (
         v("adamw", "optim=adamw"),
@@ -182,13 +187,15 @@ AXES: tuple[Axis, ...] = (
         v("recompute_host", "activations.fate=recompute", "activations.inputs=host", SMALL),
     )),
     Axis("blocks", "norms, products and attention as transformers computes them, or saving the least", False, (
-        v("transformers"), v("lean", "activations.lean=true"),
+        v("transformers"), v("lean", "activations.lean=true", narrow={"blocks": OWN}),
     )),
     Axis("mlp", "pieces along the tokens that an MLP runs in", False, (
         v("whole"), v("tiled", "activations.tile_mlp=3"),
     )),
     Axis("loss", "how the loss is computed; chunks of 100 rows span documents and rows", False, (
-        v("chunked", "loss.chunk_rows=100"), v("plain", "loss.kind=plain"), v("torch", "loss.kind=torch"),
+        v("chunked", "loss.chunk_rows=100"),
+        v("plain", "loss.kind=plain", narrow={"loss": OWN}),
+        v("torch", "loss.kind=torch", narrow={"loss": OWN}),
     )),
     Axis("resume", "straight through; interrupted and resumed; saved by one process; resumed by one process", False, (
         v("straight"), v("again", resume="again"), v("from_one", resume="from_one"), v("to_one", resume="to_one"),
@@ -268,7 +275,9 @@ class Combination:
         """The same method in one process: nothing sharded, split, recomputed or interrupted."""
         chosen = {axis.name: name for axis, name in zip(AXES, self.names, strict=True) if axis.method}
         for value in self.values:
-            for axis, name in (value.settings or {}).get("reference", {}).items():
+            settings = value.settings or {}
+            narrow = {} if self.is_exact else settings.get("narrow", {})
+            for axis, name in {**settings.get("reference", {}), **narrow}.items():
                 chosen[axis] = self[axis] if name == OWN else name
         return Combination.of(**chosen)
 

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,24 +83,26 @@ def run_job(job: Job, world: World) -> Report:
 
 def attempt(job: Job, world: World) -> Report:
     report, started = Report(), False
-    try:
-        cfg = load(list(job.overrides))
-        world = replace(world, sequence_degree=cfg.parallel.degree(world.process_count))
-        agree_on_config(cfg, world)
-        assert cfg.run.dir is not None
-        store = CheckpointStore(Path(cfg.run.dir) / "checkpoints", keep=0, verify=True, group=world.control)
-        store.check_writable()
-        checkpoint = find_checkpoint(cfg, store)
-        stop = SimpleNamespace(number=0)
-        built = build(cfg, world)
-        listener: Any = Listener(report, stop, STOP_AFTER if job.stop and world.leads else None)
-        run = begin(built, store, listener, stop, checkpoint)  # type: ignore[arg-type]
-        started = True
-        train_on(run, report)
-    except UserError as error:
-        report.kind, report.text = ("crashed" if started else "refused"), str(error)
-    except BaseException:
-        report.kind, report.text = "crashed", traceback.format_exc()
+    with ExitStack() as stack:
+        try:
+            cfg = load(list(job.overrides))
+            world = replace(world, sequence_degree=cfg.parallel.degree(world.process_count))
+            agree_on_config(cfg, world)
+            assert cfg.run.dir is not None
+            store = CheckpointStore(Path(cfg.run.dir) / "checkpoints", keep=0, verify=True, group=world.control)
+            store.check_writable()
+            checkpoint = find_checkpoint(cfg, store)
+            stop = SimpleNamespace(number=0)
+            built = build(cfg, world)
+            stack.callback(built.engine.close)
+            listener: Any = Listener(report, stop, STOP_AFTER if job.stop and world.leads else None)
+            run = begin(built, store, listener, stop, checkpoint)  # type: ignore[arg-type]
+            started = True
+            train_on(run, report)
+        except UserError as error:
+            report.kind, report.text = ("crashed" if started else "refused"), str(error)
+        except BaseException:
+            report.kind, report.text = "crashed", traceback.format_exc()
     return report
 
 

@@ -161,17 +161,20 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(trained: tuple
         assert (steps[0][:2], steps[2][:2]) == (pytest.approx(first[:2], rel=1e-4), pytest.approx(last[:2], rel=1e-4))
 
 
-def run_after_run() -> list[list[tuple[float, float, bool]]]:
-    found = []
+def run_after_run() -> tuple[list[list[tuple[float, float, bool]]], bool]:
+    found, linear = [], torch.nn.functional.linear
     for _ in range(2):
         with connected(load([*tiny.MODEL, *deepspeed(3)]).parallel, "cpu", 1) as world:
-            found.append(tiny.train(world, tiny.trainable(world, ["optim=adamw", *deepspeed(3)]), range(2)))
-    return found
+            built = tiny.trainable(world, ["optim=adamw", *deepspeed(3)])
+            found.append(tiny.train(world, built, range(2)))
+            built.engine.close()
+    return found, torch.nn.functional.linear is linear
 
 
-def test_a_process_can_run_deepspeed_again_as_a_sweep_does() -> None:
-    first, second = on_ranks(1, run_after_run)[0]
+def test_a_process_can_run_deepspeed_again_as_a_sweep_does_and_torch_is_as_before() -> None:
+    (first, second), untouched = on_ranks(1, run_after_run)[0]
     assert first == second
+    assert untouched, "stage 3 replaces torch.nn.functional.linear"
 
 
 REFUSED = {

@@ -59,3 +59,7 @@ class Engine(Protocol):
     def loaded(self, numbers: Numbers) -> None:
         """Take over what a checkpoint has just put into `tensors()`, and the numbers that were saved with it."""
         ...
+
+    def close(self) -> None:
+        """End the run: what the library changed of torch itself is undone, for whatever this process runs next."""
+        ...

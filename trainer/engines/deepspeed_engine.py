@@ -41,6 +41,7 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, world: World, cfg: Config) -> None:
         self._owner, self._world, self._stage = model, world, cfg.parallel.zero
+        self._linear = nn.functional.linear  # which stage 3 replaces, for good
         self._names = parameter_names(model)
         self.optimizer = PartitionedOptimizer(
             cfg.optim,
@@ -62,6 +63,7 @@ class DeepSpeedEngine:
                 flat_partitions(self._zero, self._stage), segments(self._zero, self._stage, self._names)
             )
         except (ValueError, RuntimeError, AssertionError) as error:
+            self.close()
             if isinstance(error, UserError):
                 raise
             raise UserError(
@@ -143,6 +145,11 @@ class DeepSpeedEngine:
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self._zero.checkpoint_event_epilogue()
+
+    def close(self) -> None:
+        """Put torch's own `linear` back. DeepSpeed's saves other tensors, so that what a later run in this process
+        keeps in 8 bits would be others too."""
+        nn.functional.linear = self._linear
 
 
 def quiet_deepspeed(world: World) -> Any:

@@ -94,5 +94,8 @@ class TorchEngine:
         """Put saved state numbers into the optimizer; tensors were read in place."""
         set_numbers(self.optimizer, self._names(), numbers)
 
+    def close(self) -> None:
+        """Nothing: torch is as it was."""
+
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.spread.named_parameters()}
