@@ -54,8 +54,12 @@ class Replicas(Spread):
             process_group=world.gradients,
             init_sync=agree,
         )
-        wrapped.register_comm_hook(world.gradients, sum_gradients)
+        self._sum_in(wrapped)
         self.model: DistributedDataParallel = wrapped
+
+    def _sum_in(self, wrapped: DistributedDataParallel) -> None:
+        """Say how the buckets of `wrapped` are summed."""
+        wrapped.register_comm_hook(self._world.gradients, sum_gradients)
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Sum over the ranks in the `last` micro-step alone."""

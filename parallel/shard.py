@@ -64,9 +64,12 @@ class Shards(Spread):
         self.grid = grid
         self._root: FSDPModule = model  # type: ignore[assignment]
         self._local = cfg.accumulate is Accumulate.local
+        self._kept = not again
         self._replicas = cfg.replicas > 1
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        if self._kept:  # no weight changes between micro-steps, so stage 2 gathers once for all of them
+            self._root.set_reshard_after_backward(last)
         if self._local:
             self._root.set_requires_gradient_sync(last)
         elif self._replicas:

@@ -88,7 +88,9 @@ def train(overrides: list[str], world: World, steps: int = 20) -> Outcome:
 
     def noting(multiplier: float) -> None:
         if not first:
-            first.update({n: whole(p.grad) for n, p in built.model.named_parameters() if p.grad is not None})
+            spread = built.engine.spread  # type: ignore[attr-defined]
+            spread.before_update()
+            first.update({n: whole(p.grad) for n, p in spread.named_parameters() if p.grad is not None})
         update(multiplier)
 
     built.engine.update = noting  # type: ignore[method-assign]

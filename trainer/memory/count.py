@@ -54,6 +54,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         first = next((plain for p in self._parameters for plain in plain_tensors(p)), None)
         self._fake_mode = getattr(first, "fake_mode", None)
         self._sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
+        self._cut = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
         self._known: dict[int, Record] = {}
         # Storages are freed on any thread, between any two instructions: the two lists take notice with one atomic
         # append, and the next sample works them off.
@@ -108,9 +109,10 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         born = self.now if func is aten.lift_fresh.default else 0
         for arg in args:
             if isinstance(arg, Tensor):
-                if self._sharded and func is aten.copy_.default and not self._knows(arg):
-                    # Scratch memory of a gloo collective, whose kernel copies by way of the dispatcher. Without shards
-                    # it is a bucket of DDP, which is there from the start.
+                scratch = self._sharded or (self._cut and arg is not args[0])
+                if scratch and func is aten.copy_.default and not self._knows(arg):
+                    # Scratch memory of a gloo collective, whose kernel copies by way of the dispatcher. What is copied
+                    # to beside whole weights is a bucket of DDP, which is there from the start.
                     continue
                 self._see(arg, born)
             elif isinstance(arg, list | tuple):
