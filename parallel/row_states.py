@@ -5,6 +5,10 @@ the sums of its own rows (what it holds of the other rows is its own share of th
 steps DTensors, each this rank's rows of a weight, in the weight's own storage; then the ranks gather each other's rows.
 So a rank sends the model's bytes twice a step, as DDP does. A weight's states are laid out as FSDP2 would have them,
 and a checkpoint does not know the difference.
+
+Owners of whole matrices would send as much of gradients and weights, and save what a low-rank method sends beside them
+(`optim/subspace.py`: r values a row or column of a matrix, or nothing with `basis_copies`). Elementwise methods save
+nothing by them, and one large embedding would unbalance the ranks: rows it is, for all.
 """
 
 from collections.abc import Sequence

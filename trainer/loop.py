@@ -9,6 +9,7 @@ from typing import Any
 from optim.describe import subspaces
 from optim.schedule import multiplier
 from parallel.collectives import sum_over_ranks
+from parallel.traffic import Traffic
 from trainer.build import Built
 from trainer.checkpoint.store import CheckpointSaveError, CheckpointStore
 from trainer.data.stream import TrainStream, heldout_batches
@@ -45,6 +46,8 @@ class Run:
     """How well the optimizer's subspaces fit at their newest refreshes, as last written."""
     timelines: dict[str, Timeline] = field(default_factory=dict)
     """Exact memory countings: `first` step of the process (with whatever it sets up) and the last `steady` one."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes that this rank has sent in the last counted step, by kind of collective (`parallel.traffic`)."""
 
     def due(self, every: int) -> bool:
         """Whether something that happens `every` steps, and at the last one, happens now."""
@@ -236,8 +239,11 @@ def counted(run: Run, first_step: int) -> Iterator[None]:
     cfg = run.built.cfg
     slots = cfg.train.global_batch * cfg.data.sequence_length
     aside = run.throughput.aside("count", steps=1, tokens=slots) if due else nullcontext()
-    with aside, counting as timeline:
+    traffic = Traffic(apart=run.built.world.control) if due and run.built.world.process_count > 1 else None
+    with aside, counting as timeline, traffic or nullcontext():
         yield
+    if traffic is not None:
+        run.sent = dict(traffic.sent)
     if timeline is not None:
         run.timelines["first" if since == 0 else "steady"] = timeline
 

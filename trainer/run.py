@@ -31,7 +31,7 @@ from trainer.sequence import sequence_text
 from trainer.signals import Interrupted, StopRequest
 from trainer.state import restore
 from trainer.step import kept_notes
-from trainer.summary import draw, finish, resume_command, run_info
+from trainer.summary import draw, figures, finish, resume_command, run_info
 from trainer.tiers import check_tiers
 
 
@@ -99,7 +99,7 @@ def run_watched(cfg: Config) -> Result:
             train(training)
         except (Interrupted, TrainingStopped) as ended:
             if world.leads:
-                draw(training, folder)
+                draw(training, folder, recorder.warn)
             if isinstance(ended, Interrupted):
                 recorder.notice(f"go on with: {resume_command(cfg, folder)}")
             raise
@@ -108,7 +108,10 @@ def run_watched(cfg: Config) -> Result:
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory(training, error)) from error
         save(training, last=True)
-        return Result(folder.path, finish(training, folder, recorder))
+        summary = figures(training)
+    # Once the ranks have parted: a prediction pretends them, which torch allows beside no real group.
+    finish(training, folder, summary)
+    return Result(folder.path, summary)
 
 
 def tell_uncoded(built: Built, recorder: Recorder) -> None:

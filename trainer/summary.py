@@ -1,6 +1,7 @@
 """What a finished run leaves behind: summary.json, memory.json, the plots, and the table at the end."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from trainer.metrics import read_metrics
 from trainer.model import global_shape, parameter_count
 from trainer.plan import predict
 from trainer.precision import precision_text, torch_dtype
-from trainer.recorder import Recorder
 from trainer.schema import Config
 
 
@@ -64,20 +64,18 @@ def adamw_share(run: Run) -> int:
     return registry.state_bytes(AdamWConfig(), shapes, torch_dtype(run.built.cfg.precision.weights))
 
 
-def finish(run: Run, folder: RunFolder, recorder: Recorder) -> dict[str, Any]:
-    """Write summary.json, memory.json and the plots, and print the final table. Rank 0 does; others return the same."""
-    summary = figures(run)
+def finish(run: Run, folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Write summary.json, memory.json and the plots, and print the final table, after the recorder's last line. Rank 0
+    does, and needs no other."""
     if run.built.world.leads:
         folder.write_json("summary.json", summary)
-        draw(run, folder, prediction(run))
-        recorder.close()
+        draw(run, folder, tell, prediction(run, tell))
         if run.timelines:
             print_report(outcome(run, folder, summary))
-    return summary
 
 
 def figures(run: Run) -> dict[str, Any]:
-    """The figures of summary.json."""
+    """The figures of summary.json, the same on every rank."""
     own_states, adamw_states = state_sizes(run)
     found: dict[str, Any] = {
         "steps": run.step,
@@ -105,6 +103,8 @@ def figures(run: Run) -> dict[str, Any]:
         if beside := beside_now(run):
             found["beside"] = beside
         found |= {"memory": peak.by_kind, "memory_peak": peak.total, "memory_peak_phase": peak.phase}
+    if run.sent:
+        found["sent_bytes_per_step"] = run.sent
     return found
 
 
@@ -135,6 +135,7 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
         authors_perplexity=summary.get("eval_perplexity_authors"),
         skipped=run.skipped,
         subspace=summary.get("subspace"),
+        sent=run.sent,
         written={
             "run folder": folder.path,
             "loss plot": folder.plots / "loss.png",
@@ -145,7 +146,12 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
     )
 
 
-def prediction(run: Run) -> dict[str, Any]:
+def tell(warning: str) -> None:
+    """Say what the recorder, closed by now, would have said."""
+    print(f"! {warning}", flush=True)
+
+
+def prediction(run: Run, warn: Callable[[str], None]) -> dict[str, Any]:
     """Return what `stowage plan` says of this run, for memory.json: about a second for a small model, at the end."""
     built = run.built
     try:
@@ -153,11 +159,11 @@ def prediction(run: Run) -> dict[str, Any]:
             built.cfg, built.model_config, ranks=built.world.process_count, device=built.world.device
         ).to_json()
     except Exception as error:
-        run.recorder.warn(f"no predicted memory: {type(error).__name__}: {first_line(error)}")
+        warn(f"no predicted memory: {type(error).__name__}: {first_line(error)}")
         return {}
 
 
-def draw(run: Run, folder: RunFolder, predicted: dict[str, Any] | None = None) -> None:
+def draw(run: Run, folder: RunFolder, warn: Callable[[str], None], predicted: dict[str, Any] | None = None) -> None:
     """Write memory.json and both plots. A plot that cannot be drawn is said, and loses nothing else."""
     if run.timelines:
         measured = {name: timeline.to_json() for name, timeline in run.timelines.items()}
@@ -169,4 +175,4 @@ def draw(run: Run, folder: RunFolder, predicted: dict[str, Any] | None = None) -
             name, timeline = list(run.timelines.items())[-1]
             plot_memory(timeline, folder.plots / "memory.png", title=f"Memory over one step ({name})")
     except Exception as error:
-        run.recorder.warn(f"no plots: {type(error).__name__}: {error}")
+        warn(f"no plots: {type(error).__name__}: {error}")

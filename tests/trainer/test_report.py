@@ -65,6 +65,13 @@ def test_every_kind_has_one_row_with_both_arms_ratio_and_meaning(width: int, col
         assert found[kind][-len(MEANING[kind].split()) :] == MEANING[kind].split(), f"{kind} wraps at {width}"
 
 
+def test_what_a_rank_sends_is_told_by_kind_the_largest_first() -> None:
+    assert "sent a step" not in report_text(OUTCOME)
+    text = report_text(replace(OUTCOME, sent={"reduce_scatter": 12 * MIB, "all_gather": 24 * MIB, "all_reduce": 84}))
+    said = " ".join(rows(text)["sent"])
+    assert said == "a step 36.0 MiB by each rank: all-gather 24.0 MiB, reduce-scatter 12.0 MiB"
+
+
 def test_losses_perplexities_and_speed_are_there() -> None:
     text = report_text(OUTCOME, 80)
     assert "quickstart: 300 steps, 1.23M tokens in 1:21, 17,423 tokens/s, 1 skipped" in text

@@ -202,7 +202,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(
     updates = []
     genuine = TorchEngine.update
     monkeypatch.setattr(TorchEngine, "update", lambda engine, m: (updates.append(m), genuine(engine, m)))
-    monkeypatch.setattr("trainer.summary.prediction", lambda run: {})  # which takes steps too, on fake tensors
+    monkeypatch.setattr("trainer.summary.prediction", lambda run, warn: {})  # which takes steps too, on fake tensors
     result = run(load(overrides(text, tmp_path / "run", "galore", "train.steps=6")))
     assert result.summary["skipped"] == 1 and len(updates) == 5
     assert all(bool(torch.isfinite(t).all()) for n, t in latest_weights(tmp_path / "run").items())

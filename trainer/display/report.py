@@ -68,6 +68,8 @@ class Outcome:
     skipped: int = 0
     subspace: Mapping[str, Any] | None = None
     """How well the optimizer's subspaces fit, as in metrics.jsonl."""
+    sent: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that one rank sends in a step, by kind of collective; empty for one process."""
     written: Mapping[str, Path] = field(default_factory=dict)
     """What was written where, most asked for first."""
 
@@ -173,7 +175,16 @@ def _results(outcome: Outcome) -> Table:
         rows.add_row("", f"{perplexity_text(outcome.authors_perplexity)} *", "as the papers' evaluators print it")
     if outcome.subspace is not None:
         rows.add_row("subspaces", *subspace_texts(outcome.subspace))
+    if outcome.sent:
+        rows.add_row("sent a step", format_bytes(sum(outcome.sent.values())), sent_text(outcome.sent))
     return rows
+
+
+def sent_text(sent: Mapping[str, int]) -> str:
+    """`by each rank: all-gather 8.00 MiB, reduce-scatter 4.00 MiB`, the largest first; what is next to nothing is not
+    named."""
+    named = [(size, kind.replace("_", "-")) for kind, size in sent.items() if 100 * size >= sum(sent.values())]
+    return "by each rank: " + ", ".join(f"{kind} {format_bytes(size)}" for size, kind in sorted(named, reverse=True))
 
 
 def subspace_texts(subspace: Mapping[str, Any]) -> tuple[str, str]:
