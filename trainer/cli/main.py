@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from trainer.cli.packages import check_packages, version
 from trainer.errors import TrainingStopped, UserError
 from trainer.nearest import hint
+from trainer.quiet import leave_out_noise
 from trainer.signals import Interrupted
 
 COMMANDS = {
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None, *, default: str | None = None) -> in
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # When a rank has died, torch's C++ would tell of every socket that broke; parallel/watch.py says which rank it was.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    leave_out_noise()
     try:
         return dispatch(arguments, default)
     except (UserError, TrainingStopped, Interrupted) as error:
