@@ -1,4 +1,4 @@
-"""The command line, with something that goes wrong on rank 1."""
+"""The command line, with something that goes wrong on rank 1; `-m tests.trainer.sabotage KIND ...` under a launcher."""
 
 import os
 import signal
@@ -59,11 +59,19 @@ def sabotage(kind: str) -> None:
     setattr(owner, name, nth(call, then, getattr(owner, name)))
 
 
+def launched(kind: str, arguments: list[str]) -> NoReturn:
+    if os.environ["RANK"] == "1" and kind != "nothing":
+        sabotage(kind)
+    sys.exit(main(arguments, default="train"))
+
+
 def command(place: tuple[Any, ...], kind: str, arguments: list[str], log: Path) -> NoReturn:
     """The command line in a process of its own, which goes to `place` (of `tests.ranks.enter`) and writes to `log`."""
     enter(*place)
     for descriptor, path in ((1, os.devnull), (2, log)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
-    if os.environ["RANK"] == "1" and kind != "nothing":
-        sabotage(kind)
-    sys.exit(main(arguments, default="train"))
+    launched(kind, arguments)
+
+
+if __name__ == "__main__":
+    launched(sys.argv[1], sys.argv[2:])

@@ -248,6 +248,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("without_figures")
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, more: list[str]) -> None:
     """Saved after 4 of 7 steps: between the refreshes of steps 3 and 6."""
     run(load(arguments(tmp_path / "whole", "train.steps=7", "schedule=constant", "schedule.warmup=2", *more)))

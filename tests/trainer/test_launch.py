@@ -1,9 +1,11 @@
 """The same run through every launcher: alone, torchrun, accelerate launch."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,9 @@ LAUNCHERS = {
 }
 
 
+Launched = Callable[[str], tuple[Path, str]]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
@@ -68,41 +73,45 @@ def overrides(text: Path, folder: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Folder and output of the run through each launcher, through the command line."""
-    found = {}
-    for name, launcher in LAUNCHERS.items():
+def launched(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """Folder and output of the run through a launcher and the command line, run once."""
+
+    @functools.cache
+    def result(name: str) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp(name) / "run"
-        command = [sys.executable, *(str(free_port()) if part == "PORT" else part for part in launcher)]
+        command = [sys.executable, *(str(free_port()) if part == "PORT" else part for part in LAUNCHERS[name])]
         done = subprocess.run(
             [*command, "-m", "trainer", *overrides(text, folder)],
             cwd=REPO,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=400,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        found[name] = (folder, done.stdout)
-    return found
+        return folder, done.stdout
+
+    return result
 
 
 def losses(folder: Path) -> list[float]:
     return [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_train_what_one_trains(results: dict[str, tuple[Path, str]], launcher: str) -> None:
-    assert losses(results[launcher][0]) == pytest.approx(losses(results["alone"][0]), abs=1e-12)
-    assert "2 processes" in results[launcher][1]
+# the quick suite has another start by accelerate: a user's own file, in test_engine_accelerate.py
+ACCELERATE = pytest.param("accelerate", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_one_process_prints_and_everything_lies_in_the_run_folder(
-    results: dict[str, tuple[Path, str]], launcher: str
-) -> None:
-    folder, output = results[launcher]
+@pytest.mark.parametrize("launcher", ["torchrun", ACCELERATE])
+def test_two_processes_train_what_one_trains(launched: Launched, launcher: str) -> None:
+    assert losses(launched(launcher)[0]) == pytest.approx(losses(launched("alone")[0]), abs=1e-12)
+    assert "2 processes" in launched(launcher)[1]
+
+
+@pytest.mark.parametrize("launcher", ["alone", "torchrun", ACCELERATE])
+def test_one_process_prints_and_everything_lies_in_the_run_folder(launched: Launched, launcher: str) -> None:
+    folder, output = launched(launcher)
     assert output.count("held-out loss") == 1
     wanted = {
         "config.yaml",
@@ -123,10 +132,10 @@ def test_one_process_prints_and_everything_lies_in_the_run_folder(
     assert list(record["memory"]) == ["weights", "gradients", "states", "activations", "workspace"]
 
 
-def test_a_run_folders_config_runs_again(results: dict[str, tuple[Path, str]]) -> None:
+def test_a_run_folders_config_runs_again(launched: Launched) -> None:
     from trainer.cli.compose import load_saved
 
-    cfg = load_saved(results["alone"][0] / "config.yaml")
+    cfg = load_saved(launched("alone")[0] / "config.yaml")
     assert (cfg.train.steps, cfg.optim.name, cfg.precision.weights.value) == (4, "adamw", "fp64")
 
 

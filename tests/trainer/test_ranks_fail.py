@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from tests.ranks import fork_server, free_port
 from tests.trainer.sabotage import command
 from trainer.metrics import read_metrics
 
+REPO = Path(__file__).parents[2]
 WAIT = 15
 """Seconds a collective may wait here."""
-LIMIT = 120
+LIMIT = 400
 """Seconds, on a busy machine, after which a job counts as hung."""
 
 
@@ -24,15 +27,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def job(kind: str, text: Path, folder: Path, *more: str, ranks: tuple[int, ...] = (0, 1)) -> list[tuple[int, str]]:
-    """Run two ranks, or those of `ranks` alone; return exit code and stderr of each."""
-    overrides = [
+def asked(text: Path, folder: Path, *more: str) -> list[str]:
+    return [
         *("data=jsonl", f"data.path={text}", f"data.cache_dir={text.parent / 'cache'}", "data.sequence_length=32"),
         *("data.eval_fraction=0.2", "model.hidden_size=32", "model.intermediate_size=48", "model.layers=1"),
         *("model.heads=2", "optim=adamw", "train.steps=6", "train.global_batch=4", "train.micro_batch=2"),
         *("train.log_every=1", "run.device=cpu", f"run.dir={folder}", "checkpoint.every=2"),
         *(f"parallel.timeout={WAIT}", *more),
     ]
+
+
+def job(kind: str, text: Path, folder: Path, *more: str, ranks: tuple[int, ...] = (0, 1)) -> list[tuple[int, str]]:
+    """Run two ranks, or those of `ranks` alone; return exit code and stderr of each."""
+    overrides = asked(text, folder, *more)
     port, logs = free_port(), [folder.parent / f"{kind}.{rank}" for rank in ranks]
     places = [(dict(os.environ), rank, 2, port) for rank in ranks]
     started = [
@@ -107,3 +114,29 @@ def test_a_loss_that_is_not_a_number_on_one_rank_leaves_the_step_out_on_all(text
     assert [code for code, _ in results] == [0, 0], results
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert records[-1]["skipped"] == 1 and records[-1]["step"] == 6
+
+
+def torchrun(kind: str, overrides: list[str]) -> tuple[int, str]:
+    """The same job as users start it: exit code and output of the launcher, which ends what is left of it."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.trainer.sabotage", kind, *overrides],
+        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+def test_under_torchrun_ranks_killed_in_a_save_and_in_a_load_end_the_job_and_nothing_is_lost(
+    text: Path, tmp_path: Path
+) -> None:
+    overrides = asked(text, tmp_path / "run")
+    code, output = torchrun("killed_in_save", overrides)
+    assert code != 0 and "Signal 9 (SIGKILL)" in output, output
+    assert steps(tmp_path / "run")[:2] == [1, 2]
+    code, output = torchrun("nothing", [*overrides, "train.steps=4"])
+    assert code == 0, output
+    code, output = torchrun("killed_in_load", overrides)
+    assert code != 0 and "Signal 9 (SIGKILL)" in output, output
+    code, output = torchrun("nothing", overrides)
+    assert code == 0 and steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6], output

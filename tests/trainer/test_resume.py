@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors | {"meta": torch.tensor([checkpoint.meta["tokens"], checkpoint.meta["data"]["position"]])}
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_interrupted_at_7_and_13_equals_uninterrupted(
     text: Path, tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
@@ -115,6 +117,7 @@ def test_interrupted_at_7_and_13_equals_uninterrupted(
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_lost_generator_state_would_be_noticed(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with dropout on, resuming without the generators gives other losses."""
     import trainer.state
@@ -233,39 +236,42 @@ def test_too_many_non_finite_steps_stop_with_exit_3_and_keep_the_last_good_check
     assert all(bool(torch.isfinite(t).all()) for t in weights.values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number, signals",
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 2),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_the_process_itself_exits_128_plus_signal_and_a_second_signal_ends_it_at_once(
-    text: Path, tmp_path: Path, number: int
+    text: Path, tmp_path: Path, number: int, signals: int
 ) -> None:
     asked = overrides(text, tmp_path / "run", "adamw", "train.steps=100000")
-    for signals, expected in ((1, 128 + number), (2, -number)):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trainer", *asked],
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        for line in process.stdout:  # until it trains
-            if line.strip()[:1].isdigit() and " " in line and not line.strip().startswith("0/"):
-                break
-        if signals == 2:
-            process.send_signal(signal.SIGSTOP)  # the first waits, the second follows later: no step in between
-            process.send_signal(number)
-            process.send_signal(signal.SIGCONT)
-            import time
-
-            time.sleep(1.3)
-            process.send_signal(number)
-        else:
-            process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-        if signals == 1:
-            assert process.returncode == expected, errors
-            assert "go on with: stowage train" in output and "all saved" in errors
-        else:
-            assert process.returncode in (expected, 128 + number)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *asked],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:  # until it trains
+        if line.strip()[:1].isdigit() and " " in line and not line.strip().startswith("0/"):
+            break
+    if signals == 2:
+        process.send_signal(signal.SIGSTOP)  # the first waits, the second follows later: no step in between
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1.3)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=240)
+    if signals == 1:
+        assert process.returncode == 128 + number, errors
+        assert "go on with: stowage train" in output and "all saved" in errors
+    else:
+        assert process.returncode in (-number, 128 + number)
 
 
 def full_disk_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
