@@ -34,10 +34,12 @@ OURS = [name for name in registry.names() if not name.startswith(("bnb_", "torch
 THEIRS = [name for name in registry.names() if name.startswith(("bnb_", "torchao_")) and "paged" not in name]
 
 
-def built(name: str, place: str = "none", delay: float = 0.0, **options: Any) -> tuple[MemoryOptimizer, list[Any]]:
+def built(
+    name: str, place: str = "none", delay: float = 0.0, device: torch.device = CPU, **options: Any
+) -> tuple[MemoryOptimizer, list[Any]]:
     """An optimizer over a few parameters, its states in `place`; copies are held back for `delay` seconds each."""
     torch.manual_seed(0)
-    named = [(n, nn.Parameter(torch.randn(shape).mul_(0.1))) for n, shape in SHAPES.items()]
+    named = [(n, nn.Parameter(torch.randn(shape).mul_(0.1).to(device))) for n, shape in SHAPES.items()]
     cfg: Any = registry.config_class(name)()
     for key, value in {"rank": 1 if "mini" in name else 8, "update_proj_gap": 2, "compile": False}.items():
         if hasattr(cfg, key):
@@ -45,7 +47,7 @@ def built(name: str, place: str = "none", delay: float = 0.0, **options: Any) ->
     states = None
     if place != "none":
         chosen = OffloadConfig(**{"states": StatePlace[place], "window_mib": 0.02} | options)
-        states = OffloadedStates(chosen, CPU, copies=Copies(CPU, delay=delay))
+        states = OffloadedStates(chosen, device, copies=Copies(device, delay=delay))
     with kept_by(states) if states is not None else nullcontext():
         return registry.build(cfg, named), [p for _, p in named]
 
@@ -53,7 +55,7 @@ def built(name: str, place: str = "none", delay: float = 0.0, **options: Any) ->
 def give_gradients(params: list[Any], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
 
 
 def train(optimizer: MemoryOptimizer, params: list[Any], steps: int = 4) -> None:
@@ -78,13 +80,17 @@ def require_same(one: MemoryOptimizer, other: MemoryOptimizer, params: list[Any]
     saved, seen = one.state_dict()["state"], other.state_dict()["state"]
     for index, state in saved.items():
         for key, value in state.items():
-            same = torch.equal(value, seen[index][key]) if isinstance(value, Tensor) else value == seen[index][key]
+            same = (
+                torch.equal(value.cpu(), seen[index][key].cpu())
+                if isinstance(value, Tensor)
+                else value == seen[index][key]
+            )
             assert same, f"{key} of parameter {index}"
 
 
-def check(name: str, place: str) -> None:
-    resident, params = built(name)
-    moved, others = built(name, place, delay=0.001)
+def check(name: str, place: str, device: torch.device = CPU) -> None:
+    resident, params = built(name, device=device)
+    moved, others = built(name, place, delay=0.001, device=device)
     train(resident, params)
     train(moved, others)
     assert here(moved) == 0, "between two steps no state is here"
@@ -106,6 +112,13 @@ def test_every_optimizer_steps_with_states_elsewhere_as_with_its_own(name: str, 
 @pytest.mark.parametrize("name", THEIRS)
 def test_other_packages_optimizers_do_too(name: str) -> None:
     check(name, "host")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("name", OURS)
+def test_on_cuda_too_beside_the_compute_stream(name: str, place: str) -> None:
+    check(name, place, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore_8bit"])
