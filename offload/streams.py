@@ -71,10 +71,18 @@ class Copies:
         self._threads: dict[str, ThreadPoolExecutor] = {}  # one for each direction: copies keep their order
         self._streams: dict[str, Any] = {}
 
-    def out(self, near: Tensor, far: Memory) -> Ticket:
-        """Copy (n,) bytes from the device to host memory. `near` must live until the ticket is waited for."""
+    def moment(self) -> Any:
+        """What the calling thread has given its CUDA stream to do up to now, for `out` to come after; None on CPU."""
+        return torch.cuda.current_stream(self._device).record_event() if self._cuda else None
+
+    def out(self, near: Tensor, far: Memory, after: Any = None) -> Ticket:
+        """Copy (n,) bytes from the device to host memory. `near` must live until the ticket is waited for.
+
+        Args:
+            after: the `moment` from which on `near` holds what is to be copied; now, where it is None.
+        """
         if self._cuda:
-            return Ticket(event=self._copy_cuda("out", pinned(far), near))
+            return Ticket(event=self._copy_cuda("out", pinned(far), near, after))
         return self._thread("out", copy_bytes, far, near)
 
     def back(self, far: Memory, near: Tensor, since: "Ticket | None" = None) -> Ticket:

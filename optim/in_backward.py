@@ -31,7 +31,7 @@ same everywhere; the others step. With `two_pass` the caller knows before anythi
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -133,6 +133,7 @@ class InBackward:
         self._ordered = False
         self._pass: Literal["keep", "measure", "update"] | None = None
         self._limit: float | None = None
+        self._before: Callable[[], object] | None = None
         self._arrived: dict[Tensor, None] = {}
         self._taken = 0
         self._flying: deque[Flying] = deque()
@@ -173,9 +174,14 @@ class InBackward:
         self._limit = self._found.norm
 
     @contextmanager
-    def update(self) -> Iterator[Found]:
-        """Step each parameter in the one backward inside, with what `keep` has kept."""
+    def update(self, before: Callable[[], object] | None = None) -> Iterator[Found]:
+        """Step each parameter in the one backward inside, with what `keep` has kept.
+
+        Args:
+            before: called before each weight or state that changes, the first time when the first gradient is complete.
+        """
         assert self._clip_norm == 0 or self._clip_by != "two_pass" or self._limit is not None, "measure comes first"
+        self._before = before
         with self._running("update"):
             yield self._found
             self._finish()
@@ -263,6 +269,8 @@ class InBackward:
         if self._pass == "update":
             if math.isfinite(value):
                 self._clip(flying.values, value)
+                if self._before is not None:
+                    self._before()
                 self.optimizer.step_one(p, self._group_of[p])
             else:
                 self._found.left_out.append(self.optimizer.name_of(p))

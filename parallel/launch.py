@@ -59,6 +59,15 @@ class World:
             dist.barrier(group=self.control)
 
 
+def another_group(world: World, timeout: float) -> dist.ProcessGroup | None:
+    """Return a gloo group of all ranks for one thread beside the training; None when alone. All ranks make it together.
+
+    Args:
+        timeout: seconds a collective in it may take.
+    """
+    return None if world.control is None else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
 class RanksMissing(RuntimeError):
     """Not every rank came to the start.
 

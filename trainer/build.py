@@ -5,7 +5,7 @@ wrong about data and model files is found before weights are made.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -34,6 +34,7 @@ from trainer.determinism import make_deterministic
 from trainer.engines.base import Engine
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
+from trainer.gate import Gate
 from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
@@ -65,6 +66,8 @@ class Trainable:
     """How attention goes over rows that several ranks share; None where each has whole rows."""
     states: OffloadedStates | None = None
     """None where the optimizer's states stay on the device."""
+    gate: Gate = field(default_factory=Gate)
+    """Opened before weights and states change."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from optim.schedule import multiplier
 from parallel.collectives import sum_over_ranks
 from parallel.traffic import Traffic
 from trainer.build import Built
-from trainer.checkpoint.store import CheckpointSaveError, CheckpointStore
+from trainer.checkpoint.store import CheckpointStore
 from trainer.data.stream import TrainStream, heldout_batches
 from trainer.errors import TrainingStopped
 from trainer.evaluate import Evaluation, evaluate
@@ -19,8 +19,9 @@ from trainer.folder import identity
 from trainer.memory import Timeline
 from trainer.metrics import Throughput
 from trainer.recorder import Recorder
+from trainer.saver import Saver
 from trainer.signals import Interrupted, StopRequest
-from trainer.state import run_tensors
+from trainer.state import run_tensors, still
 from trainer.step import Stepped, train_step
 
 
@@ -31,6 +32,7 @@ class Run:
     built: Built
     stream: TrainStream
     store: CheckpointStore
+    saver: Saver
     recorder: Recorder
     throughput: Throughput
     stop: StopRequest
@@ -41,13 +43,17 @@ class Run:
     skipped_in_a_row: int = 0
     first_evaluation: float | None = None
     evaluation: Evaluation | None = None
-    saved_step: int | None = None
     subspaces: dict[str, Any] | None = None
     """How well the optimizer's subspaces fit at their newest refreshes, as last written."""
     timelines: dict[str, Timeline] = field(default_factory=dict)
     """Exact memory countings: `first` step of the process (with whatever it sets up) and the last `steady` one."""
     sent: dict[str, int] = field(default_factory=dict)
     """Bytes that this rank has sent in the last counted step, by kind of collective (`parallel.traffic`)."""
+
+    @property
+    def saved_step(self) -> int | None:
+        """Newest step that is saved."""
+        return self.saver.saved_step
 
     def due(self, every: int) -> bool:
         """Whether something that happens `every` steps, and at the last one, happens now."""
@@ -76,12 +82,20 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train until the last step.
+    """Train until the last step. However it ends, a checkpoint that is being written is finished first.
 
     Raises:
         Interrupted: a signal asked for the end; the state is saved.
-        TrainingStopped: too many steps in a row were not finite.
+        TrainingStopped: too many steps in a row were not finite, or a checkpoint that had to be written was not.
     """
+    try:
+        take_steps(run)
+    finally:
+        run.saver.close()
+
+
+def take_steps(run: Run) -> None:
+    """Take the steps from where the run stands; raises as `train`."""
     cfg = run.built.cfg
     first_step = run.step
     if run.step >= cfg.train.steps:
@@ -95,6 +109,7 @@ def train(run: Run) -> None:
             stepped = train_step(run.built, batch, run.step, run.stop.number)
         run.step += 1
         run.tokens += cfg.train.global_batch * cfg.data.sequence_length
+        run.saver.at_border()
         note_skip(run, stepped)
         note_tiers(run, first=run.step == first_step + 1)
         if run.due(cfg.train.log_every) or run.step == first_step + 1:
@@ -124,6 +139,7 @@ def log(run: Run, stepped: Stepped) -> None:
             "seconds": run.throughput.seconds,
             "memory": memory_now(run),
             "beside": beside_now(run) or None,
+            "checkpoint_wait_seconds": run.saver.seconds_to_log(),
             "skipped": run.skipped or None,
             "subspace": new_subspaces(run),
         },
@@ -167,26 +183,24 @@ def measure(run: Run) -> None:
 def save(run: Run, *, last: bool = False) -> None:
     """Write a checkpoint of this step, unless this very step is saved already.
 
-    A disk that refuses costs only this checkpoint: older ones stay, and training goes on to the next occasion.
+    In the background where that is asked for, but for the `last` one.
 
     Raises:
-        TrainingStopped: it was the `last` occasion.
+        TrainingStopped: the disk refused, and it was the last occasion or checkpoint.on_failure=stop.
     """
     if run.saved_step == run.step:
         return
-    built, world = run.built, run.built.world
-    try:
-        with run.throughput.aside("save"), run.recorder.phase("saving"), built.meter.phase("save"):
-            tensors = run_tensors(built.engine, world.process_rank, world.device)
-            path = run.store.save(run.step, tensors, run.meta())
-    except CheckpointSaveError as error:
-        if last:
-            kept = f"step {run.saved_step} is the newest saved" if run.saved_step else "nothing was saved"
-            raise TrainingStopped(f"step {run.step} could not be saved, {kept}. {error}") from error
-        run.recorder.warn(f"training goes on without a checkpoint of step {run.step}. {error}")
-        return
-    run.saved_step = run.step
-    run.recorder.notice(f"saved {path}")
+    built, world, saver = run.built, run.built.world, run.saver
+    with (
+        run.throughput.aside("save"),
+        saver.timed(),
+        run.recorder.phase(f"saving step {run.step}"),
+        built.meter.phase("save"),
+    ):
+        tensors = run_tensors(built.engine, world.process_rank, world.device)
+        if saver.beside(last=last):
+            tensors = still(tensors, built.model)
+        saver.save(run.step, tensors, run.meta(), last=last)
 
 
 def note_skip(run: Run, stepped: Stepped) -> None:
@@ -199,6 +213,7 @@ def note_skip(run: Run, stepped: Stepped) -> None:
     limit = run.built.cfg.train.max_skipped
     run.recorder.warn(f"{skipped_text(run.step, stepped)}; {run.skipped_in_a_row} in a row, the limit is {limit}")
     if run.skipped_in_a_row >= limit:
+        run.saver.settle()
         last = (
             f"the last good checkpoint is step {run.saved_step}" if run.saved_step else "no checkpoint was written yet"
         )

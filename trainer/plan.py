@@ -28,6 +28,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -38,6 +39,7 @@ from parallel.config import EngineName
 from parallel.launch import World
 from parallel.pretended import PretendedGroup, pretended_ranks
 from trainer.build import Trainable, make_trainable
+from trainer.checkpoint.staged import staging_bytes
 from trainer.data.batch import Batch, StepBatch
 from trainer.data.files import local_path
 from trainer.data.hub import go_offline
@@ -47,7 +49,8 @@ from trainer.errors import UserError, first_line
 from trainer.memory import MemoryMeter, Peak, Timeline
 from trainer.model import build_model, check_length, check_vocabulary, model_config, parameter_count
 from trainer.precision import int8_matrices
-from trainer.schema import ClipBy, Config, Device, Dtype, Initial
+from trainer.schema import ClipBy, Config, Device, Dtype, Initial, SaveMode
+from trainer.state import random_tensors
 from trainer.step import kept_notes, train_step
 
 MICRO_STEPS = 3
@@ -65,6 +68,8 @@ class Plan:
     """Where the fake tensors claimed to be: cpu or cuda."""
     steps: dict[str, Timeline]
     """The `first` step, with what it sets up (a basis found, say), and a `steady` one."""
+    staging: int = 0
+    """Bytes of host memory that the copies of a checkpoint take (checkpoint.mode=async or lazy)."""
     notes: tuple[str, ...] = ()
     """What a user should know: tiers that are too small, rules without effect, gradients that add up."""
 
@@ -104,6 +109,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
     )  # fmt: skip
     from_scratch = replace(cfg.model, weights=Initial.random)  # of the same shapes as what a file holds
     weights, int8 = cfg.precision.weights, int8_matrices(cfg)
+    generators = random_tensors(0, torch.device("cpu"))
     with undisturbed(device), pretended_ranks(cfg.parallel, ranks), FakeTensorMode():
         model = build_model(from_scratch, deepcopy(config), weights=weights, int8=int8, device=device, seed=cfg.seed)
         trainable = make_trainable(cfg, world, model)
@@ -124,6 +130,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
             assert isinstance(trainable.engine, TorchEngine)
             trainable.engine.spread.renew()
             steady = count(trainable, 1)
+            staging = staged(trainable, generators)
         except TierFull as error:
             raise UserError(f"{error}. {error.remedy}.") from error
         except RuntimeError as error:  # of torch: the size of a result depends on values, or nobody has written it down
@@ -138,6 +145,7 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
         ranks=ranks,
         device=device.type,
         steps=steps,
+        staging=staging,
         notes=(*tier_notes(trainable), *kept_notes(trainable)),
     )
 
@@ -157,6 +165,14 @@ def count(trainable: Trainable, step: int) -> Timeline:
     with trainable.meter.count_step() as timeline:
         train_step(trainable, batch, step, stop=0)
     return timeline
+
+
+def staged(trainable: Trainable, generators: dict[str, Tensor]) -> int:
+    """Return the host memory that a checkpoint's copies take; 0 where none are made."""
+    cfg = trainable.cfg.checkpoint
+    if cfg.mode is SaveMode["sync"]:
+        return 0
+    return staging_bytes(trainable.engine.tensors() | generators, trainable.world.process_count, cfg.host_bytes())
 
 
 def made_up_batch(cfg: Config, shares: int) -> StepBatch:

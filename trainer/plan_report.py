@@ -104,7 +104,12 @@ def binding(plan: Plan, instead: Instead) -> Text:
 
 def beside(plan: Plan) -> list[str]:
     """Say what other tiers hold at the most, and what of it could not be as asked."""
-    return [*beside_text(plan.steps[plan.highest].elsewhere), *plan.notes]
+    found = beside_text(plan.steps[plan.highest].elsewhere)
+    if plan.staging:
+        found.append(
+            f"Beside the device, a checkpoint's copies take {format_bytes(plan.staging)} of host memory (workspace)."
+        )
+    return [*found, *plan.notes]
 
 
 def place(plan: Plan) -> str:
@@ -164,10 +169,16 @@ def plan_json(cfg: Config, plan: Plan, instead: Instead, untried: Sequence[str])
         "not_included": on_top(plan),
         "peak": peak_json(plan),
         "predicted": plan.to_json(),
+        "host": host_workspace(plan.staging),
         "notes": list(plan.notes),
         "instead": {override: peak_json(other) for override, other in instead.items()},
         "not_tried": list(untried),
     }
+
+
+def host_workspace(staging: int) -> dict[str, int]:
+    """Bytes of host memory beside the device, by what takes them."""
+    return {"checkpoint": staging} if staging else {}
 
 
 def peak_json(plan: Plan) -> dict[str, Any]:

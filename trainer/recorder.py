@@ -20,6 +20,7 @@ class Recorder:
         self, cfg: Config, world: World, folder: Path, info: RunInfo, plain_config: dict[str, Any], *, start: int
     ):
         self._leads = world.leads
+        self._phase = self._beside = ""
         self._progress = Progress.open(info, cfg.train.steps, start, enabled=world.leads)
         if world.leads:
             self._metrics = MetricsFile(folder / "metrics.jsonl")
@@ -36,11 +37,21 @@ class Recorder:
     @contextmanager
     def phase(self, text: str) -> Iterator[None]:
         """Show what is going on while no steps are taken."""
-        self._progress.phase(text)
+        self._phase = text
+        self._show_phase()
         try:
             yield
         finally:
-            self._progress.phase("")
+            self._phase = ""
+            self._show_phase()
+
+    def beside(self, text: str) -> None:
+        """Show what goes on beside the steps, until the next call; "" for nothing."""
+        self._beside = text
+        self._show_phase()
+
+    def _show_phase(self) -> None:
+        self._progress.phase(self._phase or self._beside)
 
     def notice(self, text: str) -> None:
         self._progress.notice(text)

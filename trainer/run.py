@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from parallel.place import spread_text
 from parallel.watch import RankLost, Watch
 from trainer.build import Built, build
 from trainer.checkpoint.checkpoint import Checkpoint
+from trainer.checkpoint.room import check_room
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.stream import TrainStream
 from trainer.environment import environment
@@ -26,6 +28,7 @@ from trainer.loop import Run, save, train
 from trainer.memory import by_kind_line, format_bytes
 from trainer.metrics import Throughput
 from trainer.recorder import Recorder
+from trainer.saver import Saver
 from trainer.schema import Config, Dtype
 from trainer.sequence import sequence_text
 from trainer.signals import Interrupted, StopRequest
@@ -218,6 +221,8 @@ def begin(
             recorder.notice(f"going on from {checkpoint.path}")
         else:
             recorder.notice(f"going on from {checkpoint.path}, at the beginning of other data")
+    size = sum(tensor.nbytes for tensor in built.engine.tensors().values())
+    store.agree(partial(check_room, store.folder, size, cfg.checkpoint.keep, recorder.warn))
     if built.in_backward is not None:
         built.in_backward.previous = where.get("previous_norm")
     for note in kept_notes(built):
@@ -229,10 +234,14 @@ def begin(
         seconds=where.get("seconds", 0.0),
         every={"eval": cfg.train.eval_every, "save": cfg.checkpoint.every},
     )
+    saver = Saver(
+        cfg.checkpoint, world, store, recorder, built.gate, timeout=cfg.parallel.timeout, saved_step=where.get("step")
+    )
     return Run(
         built=built,
         stream=stream,
         store=store,
+        saver=saver,
         recorder=recorder,
         throughput=throughput,
         stop=stop,
@@ -241,7 +250,6 @@ def begin(
         skipped=where.get("skipped", 0),
         skipped_in_a_row=where.get("skipped_in_a_row", 0),
         first_evaluation=where.get("first_evaluation"),
-        saved_step=where.get("step"),
     )
 
 

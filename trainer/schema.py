@@ -51,6 +51,17 @@ ClipBy = Enum("ClipBy", {"global": "global", "parameter": "parameter", "previous
 """Whose norm decides how far a gradient is scaled down."""
 
 
+SaveMode = Enum("SaveMode", {"sync": "sync", "async": "async", "lazy": "lazy"})
+"""What training waits for when a checkpoint is saved."""
+
+
+class OnFailure(Enum):
+    """What becomes of a run whose checkpoint could not be written."""
+
+    go_on = "go_on"
+    stop = "stop"
+
+
 class Initial(Enum):
     """Where the first weights come from."""
 
@@ -259,9 +270,38 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones go once a newer one is verified. 0: keep all."""
     verify: bool = True
     """Whether a load compares every file with its SHA-256 digest."""
+    mode: SaveMode = SaveMode["sync"]
+    """What training waits for. sync: until the checkpoint is on the disk. async: until weights and states are copied to
+    host memory; a thread writes them. lazy: for nothing at first, as the copies are made during the next forward and
+    backward; what is not copied by then is waited for before the weights change. The last checkpoint is always waited
+    for."""
+    host_gib: float | None = None
+    """async, lazy: GiB of host memory for each rank's copies, or its largest tensor where that is more; training waits
+    for the rest to be written. Default: as much as there is to copy."""
+    on_failure: OnFailure = OnFailure.go_on
+    """When a checkpoint cannot be written: go_on, to the next one; stop, with exit code 3. Older ones stay anyway."""
 
     def problems(self) -> list[str]:
-        return too_small("checkpoint", self, every=0, keep=0)
+        found = too_small("checkpoint", self, every=0, keep=0)
+        if self.mode is not SaveMode["sync"] and self.every == 0:
+            found.append(
+                f"checkpoint.mode={self.mode.value}: has no effect with checkpoint.every=0, which saves the last step "
+                "alone, and that is waited for; give checkpoint.every=N, or leave it out"
+            )
+        if self.host_gib is not None and self.mode is SaveMode["sync"]:
+            found.append(
+                f"checkpoint.host_gib={self.host_gib:g}: has no effect with checkpoint.mode=sync, which copies "
+                "nothing; use it with checkpoint.mode=lazy or async"
+            )
+        if self.host_gib is not None and self.host_gib <= 0:
+            found.append(
+                f"checkpoint.host_gib={self.host_gib:g}: must be above 0; leave it out to copy all that is to be saved"
+            )
+        return found
+
+    def host_bytes(self) -> int | None:
+        """Bytes of host memory that a rank's copies may take; None for no limit."""
+        return None if self.host_gib is None else int(self.host_gib * 2**30)
 
 
 @dataclass(kw_only=True)

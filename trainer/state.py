@@ -110,6 +110,12 @@ def run_tensors(engine: "Engine", rank: int, device: torch.device) -> dict[str, 
     return {**engine.tensors(), **random_tensors(rank, device)}
 
 
+def still(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return `tensors` with copies of what may change before the next update: buffers, in a forward."""
+    moving = {f"model/{name}" for name, _ in model.named_buffers()}
+    return {name: tensor.clone() if name in moving else tensor for name, tensor in tensors.items()}
+
+
 def restore(checkpoint: Checkpoint, engine: "Engine", *, seed: int, rank: int, device: torch.device) -> None:
     """Load weights, states and generators in place.
 

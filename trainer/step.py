@@ -113,6 +113,7 @@ def step_at_once(built: Trainable, batch: StepBatch, step: int, stop: int) -> St
             else:
                 engine.clip(cfg.train.clip_norm, norm)
     if not unsound_anywhere:
+        built.gate.open()
         with meter.phase("step"):
             engine.update(multiplier(cfg.schedule, step, cfg.train.steps))
     engine.clear_gradients()
@@ -146,7 +147,7 @@ def step_in_backward(built: Trainable, updates: InBackward, batch: StepBatch, st
             reshard(built.model)  # no backward does it
             return Stepped(total, measured, False, stop)
         scale_rates(built.optimizer, multiplier(cfg.schedule, step, cfg.train.steps))
-        with updates.update() as found:
+        with updates.update(built.gate.open) as found:
             backward(built, loss)
     norm = found.norm if measured is None else measured
     return Stepped(total, norm, not found.left_out, stop, tuple(found.left_out))

@@ -21,6 +21,7 @@ from trainer.memory import Peak, beside_text
 from trainer.metrics import read_metrics
 from trainer.model import global_shape, parameter_count
 from trainer.plan import predict
+from trainer.plan_report import host_workspace
 from trainer.precision import precision_text, torch_dtype
 from trainer.schema import Config
 
@@ -87,6 +88,7 @@ def figures(run: Run) -> dict[str, Any]:
         "state_bytes": own_states,
         "adamw_state_bytes": adamw_states,
         "skipped": run.skipped,
+        "checkpoint_wait_seconds": run.saver.waited,
         "eval_loss_first": run.first_evaluation,
     }
     if run.evaluation is not None:
@@ -152,12 +154,14 @@ def tell(warning: str) -> None:
 
 
 def prediction(run: Run, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Return what `stowage plan` says of this run, for memory.json: about a second for a small model, at the end."""
+    """Return what `stowage plan` says of this run, for memory.json: about a second for a small model, at the end.
+
+    `predicted` bytes by step, and those in `host` memory beside; empty where no plan can be made.
+    """
     built = run.built
     try:
-        return predict(
-            built.cfg, built.model_config, ranks=built.world.process_count, device=built.world.device
-        ).to_json()
+        plan = predict(built.cfg, built.model_config, ranks=built.world.process_count, device=built.world.device)
+        return {"predicted": plan.to_json(), "host": host_workspace(plan.staging)}
     except Exception as error:
         warn(f"no predicted memory: {type(error).__name__}: {first_line(error)}")
         return {}
@@ -167,7 +171,9 @@ def draw(run: Run, folder: RunFolder, warn: Callable[[str], None], predicted: di
     """Write memory.json and both plots. A plot that cannot be drawn is said, and loses nothing else."""
     if run.timelines:
         measured = {name: timeline.to_json() for name, timeline in run.timelines.items()}
-        folder.write_json("memory.json", {"predicted": predicted or {}, "measured": measured})
+        expected = predicted or {"predicted": {}, "host": {}}
+        host = {"predicted": expected["host"], "measured": host_workspace(run.saver.staged_bytes())}
+        folder.write_json("memory.json", {"predicted": expected["predicted"], "measured": measured, "host": host})
     records = read_metrics(folder.metrics)
     try:
         plot_loss(records, folder.plots / "loss.png", title=f"Loss: {run.built.cfg.run.name}")

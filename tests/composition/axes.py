@@ -197,6 +197,11 @@ AXES: tuple[Axis, ...] = (
         v("plain", "loss.kind=plain", narrow={"loss": OWN}),
         v("torch", "loss.kind=torch", narrow={"loss": OWN}),
     )),
+    Axis("checkpoint", "what a save waits for; resumed from one that was written beside training", False, (
+        v("sync"),
+        v("async", "checkpoint.mode=async", "checkpoint.every=1"),
+        v("lazy", "checkpoint.mode=lazy", "checkpoint.every=1"),
+    )),
     Axis("resume", "straight through; interrupted and resumed; saved by one process; resumed by one process", False, (
         v("straight"), v("again", resume="again"), v("from_one", resume="from_one"), v("to_one", resume="to_one"),
     )),

@@ -72,7 +72,7 @@ class Listener:
     def notice(self, text: str) -> None:
         pass
 
-    warn = notice
+    warn = beside = notice
 
 
 def run_job(job: Job, world: World) -> Report:

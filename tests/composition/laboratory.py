@@ -114,7 +114,13 @@ class Laboratory:
     def _first_part(self, combination: Combination, folder: Path) -> list[Report]:
         if combination.resume == "straight":
             return []
-        return self._do(combination.reference if combination.resume == "from_one" else combination, folder, stop=True)
+        reports = self._do(
+            combination.reference if combination.resume == "from_one" else combination, folder, stop=True
+        )
+        if combination.resume != "from_one" and combination["checkpoint"] != "sync":
+            # The last one was waited for, as a signal asked for the end: as if the run had been killed before that.
+            shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
+        return reports
 
     def _do(self, combination: Combination, folder: Path, *, stop: bool, fault: str = "") -> list[Report]:
         reports = self.pools.run(combination.ranks, Job(tuple(self.overrides(combination, folder)), stop, fault))

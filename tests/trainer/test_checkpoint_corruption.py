@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.test_checkpoint_crash import save_in
 from trainer.checkpoint import CheckpointStore
 from trainer.checkpoint.digest import BLOCK, Hasher
 from trainer.checkpoint.manifest import Manifest
@@ -29,12 +30,12 @@ def zeros() -> dict[str, Any]:
 class Run:
     """A folder with checkpoints of steps 1 and 2, and what its store says."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mode: str = "sync") -> None:
         self.folder = folder
         self.warnings: list[str] = []
         self.store = CheckpointStore(folder, keep=0, verify=True, warn=self.warnings.append)
         for step in (1, 2):
-            self.last = self.store.save(step, tensors_of(step), {"loss": 0.5})
+            self.last = save_in(self.store, mode, step, tensors_of(step), {"loss": 0.5})
 
     def step_loaded(self) -> int | None:
         found = self.store.newest()
@@ -47,9 +48,9 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # what a power cut does is another file's matter
-    return Run(tmp_path / "checkpoints")
+    return Run(tmp_path / "checkpoints", getattr(request, "param", "sync"))
 
 
 def flip(path: Path, bit: int) -> None:
@@ -58,6 +59,7 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("run", ["sync", "lazy"], indirect=True)
 def test_each_of_300_flipped_bits_is_noticed_and_its_file_named(run: Run) -> None:
     paths = sorted(run.last.iterdir())
     assert {path.name for path in paths} == {".metadata", "__0_0.distcp", "manifest.json"}

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import CheckpointSaveError, CheckpointStore, files
+from offload.snapshot import Snapshots
+from trainer.checkpoint import CheckpointSaveError, CheckpointStore, Saving, files
+from trainer.checkpoint.checkpoint import flatten
 from trainer.checkpoint.files import PRIMITIVES
 
 
@@ -42,9 +44,22 @@ def seed_of_newest(folder: Path) -> int | None:
     return seed
 
 
-def save(folder: Path, seed: int, keep: int = 1) -> Path:
+def save(folder: Path, seed: int, keep: int = 1, mode: str = "sync") -> Path:
     """Save checkpoint `seed`: its step is a tenth, so that one step can be saved with different content."""
-    return store_at(folder, keep).save(seed // 10, tensors_of(seed), {"seed": seed})
+    return save_in(store_at(folder, keep), mode, seed // 10, tensors_of(seed), {"seed": seed})
+
+
+def save_in(store: CheckpointStore, mode: str, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> Path:
+    """Save as a run does in this mode, its weights changed as soon as they may be."""
+    if mode == "sync":
+        return store.save(step, tensors, meta)
+    flat = flatten(tensors)
+    values = list(flat.values())
+    saving = Saving(store, step, flat, meta, Snapshots(torch.device("cpu")).now(), torch.device("cpu"))
+    saving.wait()
+    for value in values:
+        value.zero_()
+    return saving.result()
 
 
 class Tracer:
@@ -189,9 +204,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+BESIDE = [pytest.param(name, "lazy", marks=[] if name == "first" else [pytest.mark.slow]) for name in SCENARIOS]
+"""Killed in the thread that writes while training goes on: the file operations of async and lazy are the same."""
+
+
+@pytest.mark.parametrize(("scenario", "mode"), [*((name, "sync") for name in SCENARIOS), *BESIDE])
 def test_a_save_killed_at_any_file_operation_leaves_the_new_or_the_previous_checkpoint(
-    scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scenario: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, (seed, keep), allowed = SCENARIOS[scenario]
     start, folder, journal = tmp_path / "start", tmp_path / "now", tmp_path / "journal"
@@ -199,7 +218,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_new_or_the_previous_chec
     for earlier in before:
         save(start, earlier, keep=0)
     shutil.copytree(start, folder)
-    names = operations_of(lambda: save(folder, seed, keep), monkeypatch)
+    names = operations_of(lambda: save(folder, seed, keep, mode), monkeypatch)
     assert len(names) > 20
     kills = [(i, False) for i in range(len(names) + 1)] + [(i, True) for i, n in enumerate(names) if n == "write"]
     for at, half in kills:
@@ -207,7 +226,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_new_or_the_previous_chec
             where = f"{loss} at operation {at} of {len(names)} ({names[at] if at < len(names) else 'end'}), {half=}"
             if loss == "killed":
                 reset(start, folder)
-                killed = run_and_kill(lambda: save(folder, seed, keep), at, half, journal)
+                killed = run_and_kill(lambda: save(folder, seed, keep, mode), at, half, journal)
                 assert killed == (at < len(names)), where
                 events = [json.loads(line) for line in journal.read_text().splitlines()]
                 shutil.copytree(folder, tmp_path / "killed", symlinks=True)
@@ -273,8 +292,9 @@ def test_every_change_to_the_disk_goes_through_the_listed_operations(tmp_path: P
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["disk_full", "io_error"])
 @pytest.mark.parametrize("half", [False, True], ids=["at_once", "half_way"])
 @pytest.mark.parametrize("seed", [30, 21], ids=["next_step", "same_step"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("lazy", marks=pytest.mark.slow)])
 def test_a_failing_file_operation_leaves_older_checkpoints_and_no_litter(
-    seed: int, half: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, seed: int, half: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, folder = tmp_path / "start", tmp_path / "now"
     for earlier in (10, 20):
@@ -302,7 +322,7 @@ def test_a_failing_file_operation_leaves_older_checkpoints_and_no_litter(
             for each in PRIMITIVES:
                 patch.setattr(files, each, tracer.wrap(each, getattr(files, each)))
             try:
-                store.save(seed // 10, tensors_of(seed), {"seed": seed})
+                save_in(store, mode, seed // 10, tensors_of(seed), {"seed": seed})
                 saved = True
             except CheckpointSaveError as error:
                 saved = False

@@ -70,7 +70,8 @@ class Ranks:
             while isinstance(error, CheckpointException) and error.failures:
                 rank = min(error.failures)  # torch raises one exception on all ranks for what went wrong on any
                 error = error.failures[rank][0]
-            return _to_failure(error, rank), error
+            failure = _to_failure(error, rank)
+            return failure, error if rank == self.rank else failure.to_exception()
 
 
 def _to_failure(error: BaseException, rank: int) -> _Failure:

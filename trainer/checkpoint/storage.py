@@ -21,6 +21,8 @@ from trainer.checkpoint import files
 from trainer.checkpoint.digest import FileDigest, Hasher
 
 METADATA = ".metadata"
+AHEAD = 10_000_000
+"""Bytes on their way from a CUDA device while others are written; torch's default."""
 _GATHER_BYTES = 2**20
 """torch.save writes some forty pieces of a few bytes per tensor; they are joined up to this size."""
 
@@ -134,11 +136,16 @@ class DurableFileSystem(FileSystem):
 
 
 class DurableWriter(FileSystemWriter):
-    """Writes one file per rank, and `.metadata` on rank 0, into a folder that exists and is empty."""
+    """Writes one file per rank, and `.metadata` on rank 0, into a folder that exists and is empty.
 
-    def __init__(self, folder: Path, pool: Executor) -> None:
+    Args:
+        in_order: ask for tensors one at a time in the plan's order, rather than a few ahead, small ones first.
+    """
+
+    def __init__(self, folder: Path, pool: Executor, *, in_order: bool = False) -> None:
         # One thread: torch's writer loses an error in any other thread. Syncing is HashingFile's.
-        super().__init__(folder, sync_files=False, thread_count=1, overwrite=False)
+        ahead = 0 if in_order else AHEAD
+        super().__init__(folder, sync_files=False, thread_count=1, per_thread_copy_ahead=ahead, overwrite=False)
         self.fs: DurableFileSystem = DurableFileSystem(pool)
 
     def storage_meta(self) -> StorageMeta:

@@ -23,20 +23,21 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from offload.snapshot import Snapshot
 from trainer.checkpoint import files, folder
 from trainer.checkpoint.checkpoint import Checkpoint, alone_without_warning, flatten
 from trainer.checkpoint.digest import FileDigest
 from trainer.checkpoint.manifest import MANIFEST, Manifest, library_versions, require_json
 from trainer.checkpoint.ranks import Ranks
+from trainer.checkpoint.staged import StagedPlanner
 from trainer.checkpoint.storage import DurableWriter
 from trainer.checkpoint.verify import Finding, check_files, read_manifest
 from trainer.errors import UserError
@@ -97,7 +98,9 @@ class CheckpointStore:
                 "process may write to with run.dir=PATH, or change the permissions of this one."
             ) from e
 
-    def save(self, step: int, tensors: Mapping[str, Any], meta: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Any], meta: dict[str, Any], snapshot: Snapshot | None = None
+    ) -> Path:
         """Publish a checkpoint; return its folder once it would survive a power cut.
 
         Saving a step again leaves the published one untouched if it holds the same, else sets it aside.
@@ -107,16 +110,20 @@ class CheckpointStore:
             tensors: dict, nested or flat, of tensors. Plain tensors are taken to be equal on all ranks that have the
                 name, DTensors are saved whole; what differs per rank needs a name of its own (`rng/<rank>/cpu`).
             meta: numbers, strings, lists and dicts; rank 0's are kept.
+            snapshot: takes copies of what this rank writes as soon as that is known; files are written from these. The
+                caller ends it. `tensors` must then be a dict, and is emptied, as it would keep alive what the
+                optimizer replaces meanwhile.
 
         Raises:
             CheckpointSaveError: the disk refused. Nothing was published, nothing older was touched.
         """
         self._ranks.all(partial(_require_savable, tensors, meta))
+        size = sum(tensor.nbytes for tensor in flatten(tensors).values())
         part: Path | None = None
         with ExitStack() as lock:
             try:
                 part = self._ranks.first(partial(self._begin, step, lock))
-                written = self._ranks.all(partial(self._write, part, flatten(tensors)))
+                written = self._ranks.all(partial(self._write, part, tensors, snapshot))
                 digests = tuple(sorted((d for own in written for d in own), key=lambda d: d.name))
                 manifest = Manifest(step, self._ranks.size, digests, meta, library_versions())
                 return self._ranks.first(partial(self._publish, part, manifest))
@@ -124,8 +131,12 @@ class CheckpointStore:
                 if part is not None and self._ranks.rank == 0:
                     self._try("delete the unfinished checkpoint", partial(files.remove_tree, part))
                 if isinstance(e, OSError):
-                    raise CheckpointSaveError(e.errno, self._save_failed(step, e, tensors)) from e
+                    raise CheckpointSaveError(e.errno, self._save_failed(step, e, size)) from e
                 raise
+
+    def agree(self, look: Callable[[], None]) -> None:
+        """Have rank 0 look at the folder; what it raises is raised on all ranks."""
+        self._ranks.first(look)
 
     def newest(self) -> Checkpoint | None:
         """Open the newest checkpoint that verifies; set damaged ones aside, and tell which and why."""
@@ -207,11 +218,15 @@ class CheckpointStore:
         files.make_folder(part)
         return part
 
-    def _write(self, part: Path, tensors: dict[str, Tensor]) -> list[FileDigest]:
-        with ThreadPoolExecutor(2) as pool, alone_without_warning():
-            writer = DurableWriter(part, pool)
-            group = self._ranks.group
-            dcp_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+    def _write(self, part: Path, tensors: Mapping[str, Any], snapshot: Snapshot | None) -> list[FileDigest]:
+        group, flat = self._ranks.group, flatten(tensors)
+        owned = [tensors, flat] if isinstance(tensors, dict) else [flat]
+        planner = None if snapshot is None else StagedPlanner(snapshot, owned)
+        # A thread beside training must leave the filters of warnings alone: they are the whole process's.
+        quiet = alone_without_warning() if snapshot is None else nullcontext()
+        with ThreadPoolExecutor(2) as pool, quiet:
+            writer = DurableWriter(part, pool, in_order=snapshot is not None)
+            dcp_save(flat, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
         digests = list(writer.fs.digests.values())
         if found := check_files(part, digests, digests=self.verify, from_disk=True):
             raise OSError(errno.EIO, f"the disk gives back other bytes than were written ({found[0]})", str(part))
@@ -249,14 +264,15 @@ class CheckpointStore:
         except OSError as e:
             self._warn(f"{self.folder}: could not {what} ({e.strerror}: {e.filename}).")
 
-    def _save_failed(self, step: int, error: OSError, tensors: Mapping[str, Any]) -> str:
+    def _save_failed(self, step: int, error: OSError, size: int) -> str:
         at = f" at {error.filename}" if error.filename else ""
         text = f"The checkpoint of step {step} was not saved: {error.strerror or error}{at}."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            size = sum(tensor.nbytes for tensor in flatten(tensors).values())
             free = shutil.disk_usage(self.folder).free if os.path.isdir(self.folder) else 0
             text += f" It takes about {size / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free."
             text += " Free some space, lower checkpoint.keep, or choose another disk with run.dir=PATH."
+        elif error.errno == errno.ENOMEM:
+            text += " Copy through less with checkpoint.host_gib=N, or use checkpoint.mode=sync, which copies nothing."
         else:
             text += " See that the disk is well and the folder writable, or choose another with run.dir=PATH."
         return f"{text} Older checkpoints are as they were."
