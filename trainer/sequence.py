@@ -31,7 +31,7 @@ from trainer.memory import format_bytes
 from trainer.precision import autocast
 from trainer.schema import Config, Dtype
 
-LIMITS = {Dtype.fp64: 1e-9, Dtype.fp32: 1e-3, Dtype.bf16: 0.1}
+LIMITS = {Dtype.fp64: 1e-9, Dtype.fp32: 1e-3, Dtype.bf16: 0.1, Dtype.fp8: 0.3}
 """Largest difference of split and whole logits beside the largest logit, by what products are made in. Attention that
 is not what it should be shows as 0.1 and more in fp32, and is found in any precision by what it asks for."""
 
@@ -131,7 +131,7 @@ def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConf
     text = config.get_text_config()
     heads, key_heads = heads_of(text)
     train, length, cut = cfg.train, cfg.data.sequence_length, strategy.cut
-    value_bytes = {Dtype.fp64: 8, Dtype.fp32: 4, Dtype.bf16: 2}[cfg.precision.compute]
+    value_bytes = {Dtype.fp64: 8, Dtype.fp32: 4}.get(cfg.precision.compute, 2)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     micro = min(train.micro_batch, train.global_batch // world.data_count)
     shape = Shape(micro, length, heads, key_heads, width, value_bytes)

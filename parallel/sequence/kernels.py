@@ -60,7 +60,7 @@ def attend_backward(
     if kind == "flash":
         # No dropout: the state of its generator is not looked at, and rows are not packed, so that borders are not.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-        nothing = torch.empty(0, dtype=torch.uint64, device=q.device)
+        nothing = torch.empty((), dtype=torch.uint64, device=q.device)
         found = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, nothing,
             scale=scale,

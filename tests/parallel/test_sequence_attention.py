@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.sequence.cost import ExactCost, Shape
-from parallel.sequence.kernels import attend, attend_backward, attend_by_products, backward_by_products
+from parallel.sequence.kernels import attend, attend_backward, attend_by_products, backward_by_products, kernel_for
 from parallel.sequence.layout import Cut, Layout, document_starts
 from parallel.sequence.ring import merge_
 from parallel.sequence.strategy import Exact
@@ -210,3 +210,29 @@ def test_merging_stays_finite_far_from_zero() -> None:
     merge_(out, lse, part, part_lse)
     assert out[..., 0].tolist() == [[[1.0, 0.0, 1.0]]]
     assert lse.tolist() == [[[3.0, 500.0, 500.0]]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "width", "kernel", "limit"),
+    [
+        (torch.bfloat16, 64, "flash", 2e-2),
+        (torch.float32, 64, "efficient", 1e-3),
+        (torch.float32, 20, "products", 1e-5),
+    ],
+)
+def test_the_kernels_of_a_gpu_are_the_products(
+    dtype: torch.dtype, width: int, kernel: str, limit: float, causal: bool
+) -> None:
+    """With output and sums of rows of which the tile is a part, as they come in a ring."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, 100, width) for heads in (4, 2, 2, 4)]
+    q, k, v, grad = (torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes)
+    assert kernel_for(q, v) == kernel
+    out, lse = attend_by_products(q, k, v, causal, 0.2)
+    for one, other in zip(attend(q, k, v, causal, 0.2), (out, lse), strict=True):
+        assert (one - other).abs().max() < limit * other.abs().max()
+    given = grad, q, k, v, out, lse + 0.5, causal, 0.2
+    for one, other in zip(attend_backward(*given), backward_by_products(*given), strict=True):
+        assert (one - other).abs().max() < limit * other.abs().max()
