@@ -4,6 +4,7 @@ Every arm steps the same parameters with the same gradients in turn; only states
 group keys of the authors' packages, with a gap that no measurement reaches: refreshes are asked for.
 """
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from optim import registry
 from optim.config import OptimConfig
 from optim.projection import add_back_, low_shape, project, side_of
+from optim.warm import orthonormal_rows
 
 NEVER = 10**9
 MINI_SCALE = 128.0
@@ -46,6 +48,12 @@ SIZES = {
 }
 
 
+@functools.cache
+def some_basis(rank: int, length: int, device: torch.device) -> Tensor:
+    """A random orthonormal basis (rank, length), the same at each call."""
+    return orthonormal_rows(torch.randn(rank, length, device=device))
+
+
 class Arm:
     """One optimizer on some parameters."""
 
@@ -56,6 +64,16 @@ class Arm:
 
     def step(self) -> None:
         self.optimizer.step()
+
+    def begin_anywhere(self) -> None:
+        """Start from random bases, which step and refresh in the same time as others: the decompositions of a first
+        step take minutes for large matrices. For optimizers of ours."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                state = self.optimizer.state[p]
+                if group.get("refresh") == "warm" and "basis" in state:
+                    state["basis"].copy_(some_basis(*state["basis"].shape, p.device))
+                    state |= {"refreshes": 1, "next_refresh": NEVER}
 
 
 class Products:
@@ -68,8 +86,14 @@ class Products:
         for p in params:
             side = side_of(p.shape, "std")
             length = p.shape[0] if side == "left" else p.shape[1]
-            basis = torch.linalg.qr(torch.randn(length, rank, device=p.device)).Q.T.contiguous()
-            self.work.append((p, basis, side, torch.randn(low_shape(p.shape, rank, side), device=p.device)))
+            self.work.append(
+                (
+                    p,
+                    some_basis(rank, length, p.device),
+                    side,
+                    torch.randn(low_shape(p.shape, rank, side), device=p.device),
+                )
+            )
 
     @torch.no_grad()
     def step(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.optimizer_arms import ARMS, SIZES, Size, gradients
+from benchmarks.optimizer_arms import ARMS, SIZES, Arm, Size, gradients
 from benchmarks.report import print_table, spread, write_result
 from parallel.launch import cpu_threads
 
@@ -72,6 +72,8 @@ def build(names: list[str], size: Size, device: torch.device) -> tuple[dict[str,
     for name in names:
         try:
             arm = ARMS[name](params, size.rank)
+            if not size.svd and isinstance(arm, Arm):
+                arm.begin_anywhere()
             found["first_step_seconds"][name] = clocked(arm.step, device)
             arm.step()
         except Exception as error:  # a package that is not there, or does not run with these versions

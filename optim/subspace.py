@@ -29,11 +29,11 @@ from torch import Tensor
 from optim.affine import Affine4
 from optim.base import Group, State, read, state_dtype
 from optim.codec import PLAIN, Codec, codec_for
-from optim.projection import Side, basis_shape, find_basis, low_shape, project, side_of
+from optim.projection import METHODS, Side, basis_shape, find_basis, low_shape, project, side_of
 from optim.rounding import keyed_normal, next_seed, seed_of, seeded_normal
 from optim.rules import Moment
 from optim.sharded import new_tensors
-from optim.warm import sketch_basis, warm_basis
+from optim.warm import redrawn_rows, sketch_basis, warm_basis
 from parallel.dtensor import Layout
 
 BASIS: dict[str, Codec] = {"fp32": PLAIN, "int4": Affine4(block=256), "regenerate": PLAIN}
@@ -160,26 +160,32 @@ class Subspace:
         Returns:
             The gradient projected by the new basis, where measuring the basis has made it.
         """
-        peak = read(self.layout.max_(_peak(grad)), usual=1.0)
-        if not peak < math.inf:
+        dtype = state_dtype(grad.dtype)
+        measured = self.layout.norms(grad, dtype=dtype)[0]
+        size = read(measured, usual=1.0)
+        norm = measured if 1e-6 < size < 1e12 else None
+        if norm is None:  # else all squares were in range, and a NaN would have shown
+            size = read(self.layout.max_(_peak(grad)), usual=1.0)
+        if not size < math.inf:
             return None
         random = self.group["refresh"] == "random"
-        if peak == 0.0 and not random:
+        if size == 0.0 and not random:
             if state["refreshes"]:
                 self._schedule(state, name)
             return None
         if self.regenerated:
             self._settle(state, None, 0.0, name)
             return None
-        dtype = state_dtype(grad.dtype)
         # Squares of a very small or very large gradient leave fp32's range.
-        wide = dtype if random or 1e-12 < peak < 1e12 else torch.float64
+        wide = dtype if random or 1e-12 < size < 1e12 else torch.float64
         old = self.whole_basis(state, wide) if state["refreshes"] and not random else None
         over = self.layout
         if self.cut and not random:
             over = self.layout.like(self.shape, 1 if self.side == "left" else 0)
             grad = self.layout.move(grad, 1 if self.side == "left" else 0)
-        new, captured, low = self._find(grad, over, old, state, wide, name)
+        new, captured, low, energies = self._find(grad, over, norm, old, state, wide, name)
+        if low is not None and energies is not None and self.group["compat"] != "authors":
+            new, low = self._completed(new, low, energies, grad, name, state["refreshes"])
         found = new
         if old is not None:
             turn = new @ old.T
@@ -216,11 +222,13 @@ class Subspace:
         state["next_refresh"] = state["step"] + gap - early
 
     def _find(
-        self, grad: Tensor, over: Layout, old: Tensor | None, state: State, wide: torch.dtype, name: str
-    ) -> tuple[Tensor, float, Tensor | None]:
-        """A new basis in `wide`, the share of energy it captures and the gradient projected by it.
+        self, grad: Tensor, over: Layout, norm: Tensor | None, old: Tensor | None, state: State, wide: torch.dtype,
+        name: str,
+    ) -> tuple[Tensor, float, Tensor | None, Tensor | None]:  # fmt: skip
+        """A new basis in `wide`, the share of energy it captures, the gradient projected by it and that one's energies.
 
-        Of a random one, which is not orthonormal, 0 and nothing. `over` is the layout of `grad`.
+        Of a random one, which is not orthonormal, 0 and nothing. `over` is the layout of `grad`, `norm` its norm, if
+        that is known.
         """
         r, k = self.basis_shape
         method, count = self.group["refresh"], state["refreshes"]
@@ -228,25 +236,45 @@ class Subspace:
             if "seed" in state:  # as the authors draw
                 drawn = seeded_normal((r, k) if self.side == "right" else (k, r), grad, state["seed"])
                 state["seed"] = next_seed(state["seed"])
-                return (drawn if self.side == "right" else drawn.T).to(wide) / math.sqrt(r), 0.0, None
-            return self.drawn(grad.new_empty((), dtype=wide), name, count), 0.0, None
+                return (drawn if self.side == "right" else drawn.T).to(wide) / math.sqrt(r), 0.0, None, None
+            return self.drawn(grad.new_empty((), dtype=wide), name, count), 0.0, None, None
         if method == "warm" and old is not None:
-            new = warm_basis(grad, old, self.side, over)
-            captured, low = self._captured(grad, over, new)
-            if captured >= FALL * state["captured"] and (count + 1) % SEARCH_EVERY:
-                return new, captured, low
+            new = warm_basis(grad, old, self.side, over, in_range=norm is not None)
+            found = self._captured(grad, over, norm, new)
+            if found[0] >= FALL * state["captured"] and (count + 1) % SEARCH_EVERY:
+                return new, *found
         if method == "randomized" or (method == "warm" and old is not None):
             new = sketch_basis(grad, r, self.side, wide, (name, count), old if method == "warm" else None, over)
         else:
             fix_signs = self.group["compat"] != "authors"
             exact = "gram" if method == "warm" else method
             new = find_basis(grad, r, self.side, exact, wide, fix_signs=fix_signs, over=over)
-        return new, *self._captured(grad, over, new)
+        return new, *self._captured(grad, over, norm, new)
 
-    def _captured(self, grad: Tensor, over: Layout, basis: Tensor) -> tuple[float, Tensor]:
+    def _captured(self, grad: Tensor, over: Layout, norm: Tensor | None, basis: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Share of energy that a basis captures, the gradient projected by it, the energy along each of its rows."""
         low = project(grad, basis, self.side)
-        inside, all_of_it = over.norms(low, grad, dtype=basis.dtype)
-        return read((inside / all_of_it).square(), usual=1.0), low
+        norm = over.norms(grad, dtype=basis.dtype)[0] if norm is None else norm
+        energies = over.sum_((low / norm).square_().sum(0 if self.side == "right" else 1))
+        return read(energies.sum(), usual=1.0), low, energies
+
+    def _completed(
+        self, new: Tensor, low: Tensor, energies: Tensor, grad: Tensor, name: str, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Put random rows, keyed by name and number, for those along which the gradient holds nothing but rounding.
+
+        A gradient of lower rank leaves these to chance, and every way of sharding it would find others. Returns the
+        basis and the gradient projected by it.
+        """
+        # Squares are rounded as any number is, and so hold directions down to the root of that. An exact basis is found
+        # from squares in fp64: beside those of fp32 gradients that is nothing.
+        method, eps = self.group["refresh"], torch.finfo(state_dtype(grad.dtype)).eps
+        exact = state_dtype(grad.dtype) != torch.float64 and (method in METHODS or (method == "warm" and count == 0))
+        weak = energies <= energies.amax() * ((16 * eps) ** 2 if exact else eps)
+        if not read(weak.any(), usual=0.0):
+            return new, low
+        new = redrawn_rows(new, weak, (name, count))
+        return new, project(grad, new, self.side)
 
     def _align(self, new: Tensor, turn: Tensor, state: State, moments: Sequence[Moment]) -> Tensor:
         """Turn the new basis to the old one, or the moments to the new basis. `turn` is Q_new Q_old^T."""

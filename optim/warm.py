@@ -24,11 +24,17 @@ MOST_PASSES = 4
 """Of Cholesky; one is enough for rows that are nearly orthogonal, as those of a warm basis are."""
 ORTHONORMAL = 1e-12
 """Largest entry of |Q Q^T - I| that is accepted."""
+LEFT_OVER = 0.03
+"""Share of each row that those before it must leave for one pass in fp64 to be enough for fp32: the error is about
+1e-16 (r / share)^2, 2e-9 for r = 128."""
 
 
-def warm_basis(grad: Tensor, old: Tensor, side: Side, over: Layout = WHOLE) -> Tensor:
-    """One pass of power iteration from `old` (r, k), in its dtype. `over`: see `projection.py`, as below."""
-    return orthonormal_rows(_pass(grad, old, side, over))
+def warm_basis(grad: Tensor, old: Tensor, side: Side, over: Layout = WHOLE, *, in_range: bool = False) -> Tensor:
+    """One pass of power iteration from `old` (r, k), in its dtype. `over`: see `projection.py`, as below.
+
+    `in_range` says that squares of the gradient are known to be in the range of floats.
+    """
+    return orthonormal_rows(_pass(grad, old, side, over, in_range=in_range))
 
 
 def sketch_basis(
@@ -60,6 +66,10 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     # In fp64, as products of rows far from orthogonal lose digits: the last bit of a gradient, which differs between
     # rank counts, must not show in the basis. These products are small.
     found: Tensor = rows.double()
+    if rows.dtype is not torch.float64:
+        once = _orthonormal_at_once(found)
+        if once is not None:
+            return once.to(rows.dtype)
     for attempt in range(MOST_PASSES):
         # Unit rows first: what makes the product ill-conditioned is mostly their lengths, spread as squares are.
         found = torch.nn.functional.normalize(found, dim=1, eps=torch.finfo(found.dtype).tiny)
@@ -75,10 +85,33 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     return signed.T.to(rows.dtype)
 
 
-def _pass(grad: Tensor, basis: Tensor, side: Side, over: Layout) -> Tensor:
+def redrawn_rows(rows: Tensor, weak: Tensor, key: tuple[str, int]) -> Tensor:
+    """Orthonormal rows (r, k) with those that are marked in `weak` (r,) drawn anew, by (name, number)."""
+    strong = rows[~weak].double()
+    drawn = keyed_normal((len(rows) - len(strong), rows.shape[1]), strong, *key, 1)
+    for _ in range(2):  # the second takes out what rounding left
+        drawn -= (drawn @ strong.T) @ strong
+    found = rows.clone()
+    found[weak] = torch.linalg.qr(drawn.T).Q.T.to(rows.dtype)
+    return found
+
+
+def _orthonormal_at_once(rows: Tensor) -> Tensor | None:
+    """Orthonormal rows (r, k) by one factorisation, unless that shows that they all but depend on each other."""
+    products = rows @ rows.T
+    factor, failed = torch.linalg.cholesky_ex(products)
+    left_over = (factor.diagonal() / products.diagonal().sqrt()).amin()
+    if not read(torch.where(failed == 0, left_over, 0.0), usual=1.0) >= LEFT_OVER:
+        return None
+    found: Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
+    return found
+
+
+def _pass(grad: Tensor, basis: Tensor, side: Side, over: Layout, *, in_range: bool = False) -> Tensor:
     """(basis G) G^T for left, (basis G^T) G for right, up to a factor that keeps it in range. (r, k)"""
     low: Tensor = project(grad, basis, side)
-    low = low.div_(over.norms(low)[0].clamp(min=torch.finfo(low.dtype).tiny))
+    if not in_range:
+        low.div_(over.norms(low)[0].clamp(min=torch.finfo(low.dtype).tiny))
     if grad.dtype == low.dtype:
         return over.sum_(low @ grad.T if side == "left" else low.T @ grad)
     out = torch.zeros_like(basis)

@@ -45,13 +45,17 @@ def shard(module, mesh, dim):
     return module
 
 
-def set_gradients(module, step):
-    """Gradients are a function of name and step alone, with a few leading directions that drift."""
+def set_gradients(module, step, rank=None):
+    """Gradients are a function of name and step alone, with a few leading directions that drift.
+
+    Matrices of a given rank, if one is given."""
     for name, p in module.named_parameters():
         generator = torch.Generator().manual_seed(1000 * step + len(name) * 31 + sum(map(ord, name)))
         grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         if p.dim() == 2:
             grad *= torch.linspace(1, 3, p.shape[1]) * torch.linspace(2, 0.5, p.shape[0])[:, None]
+        if rank is not None and p.dim() == 2:
+            grad = grad[:, :rank] @ torch.randn(rank, p.shape[1], generator=generator, dtype=torch.float64)
         layout = Layout.of(p)
         part = layout.cut(grad.to(p.dtype)).clone()
         p.grad = layout.wrap(part) if layout.dim is not None or not isinstance(p, DTensor) else placed(part, p)
@@ -61,10 +65,10 @@ def placed(part, like):
     return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False)
 
 
-def run(module, cfg, steps, rounding="nearest"):
+def run(module, cfg, steps, rounding="nearest", gradient_rank=None):
     optimizer = registry.build(cfg, module.named_parameters(), rounding=rounding)
     for step in range(steps):
-        set_gradients(module, step)
+        set_gradients(module, step, gradient_rank)
         optimizer.step()
     return optimizer
 

@@ -70,18 +70,27 @@ CODED = [
 ]
 
 
-def _cases(count, mesh, cases, shapes, steps):
+DEFICIENT = [
+    *(("galore", {"refresh": refresh}) for refresh in (Refresh.warm, Refresh.svd, Refresh.gram)),
+    ("galore", {"proj_type": ProjType.reverse_std, "on_refresh": OnRefresh.rotate}),
+    ("fira", {}),
+]
+"""Not Adafactor: what its R holds along directions that the gradient does not have is rounding, and it divides that by
+its own size. Nor a sketch, whose leading row is less exact: rounding that is 1e-17 there is 1e-8 by Adam's eps."""
+
+
+def _cases(count, mesh, cases, shapes, steps, gradient_rank=None):
     """What differs from the whole, of weights, states and bytes."""
     wrong = []
     for name, options in cases:
         cfg = config(name, **options)
         plain = net(shapes)
-        expected = everything(plain, run(plain, cfg, steps))
+        expected = everything(plain, run(plain, cfg, steps, gradient_rank=gradient_rank))
         for dim in (0, 1) if count > 1 else (0,):
             label = f"{name} {options} Shard({dim}) on {count}"
             module = shard(net(shapes), mesh, dim)
             try:
-                optimizer = run(module, cfg, steps)
+                optimizer = run(module, cfg, steps, gradient_rank=gradient_rank)
                 found = everything(module, optimizer)
             except Exception as error:
                 raise RuntimeError(label) from error
@@ -274,14 +283,14 @@ class _Model(nn.Module):
         return self.norm(x + self.mlp["down"](torch.tanh(self.mlp["up"](x))))
 
 
-def _train(model, build, rank, count, steps, dtype):
-    """Each rank has its rows of the batch; FSDP2 sums the gradients."""
+def _train(model, build, ranks, count, steps, dtype):
+    """Each rank has its rows of the batch, and FSDP2 sums the gradients; one that has those of all sums them itself."""
     optimizer = build(model)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         x, y = (torch.randn(12, 12, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-        x, y = (t[rank :: max(count, 1)] for t in (x, y))
-        (model(x) - y).square().sum().backward()
+        for rank in ranks:
+            (model(x[rank::count]) - y[rank::count]).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return {n: p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
@@ -303,8 +312,14 @@ def _drift(before, one, other):
 
 
 def _backward(count, mesh):
-    """Forward and backward under FSDP2: fp64 equal, fp32 beside torch's AdamW."""
-    wrong, drifts = [], {}
+    """Forward and backward under FSDP2: fp64 equal, fp32 beside torch's AdamW and beside itself on one rank.
+
+    A gradient summed in two parts differs in its last bits from one made at once. That alone, without shards, makes
+    Adafactor drift 1.3 times as far as torch's AdamW, APOLLO-Mini 1.5 times (one scale for all of a matrix) and COSMOS
+    6 times (Newton-Schulz scales small singular values up): shards add nothing to it. (To the fp64 run each of ours is
+    nearer than torch's AdamW is, 0.4 to 0.7 of the way; means of four seeds.)
+    """
+    wrong, drifts, parts = [], {}, {}
     rank = dist.get_rank()
     for name in ["torch", *OWN]:
         cfg = config("adamw" if name == "torch" else name)
@@ -317,12 +332,12 @@ def _backward(count, mesh):
                     return registry.build(cfg, model.named_parameters())
 
                 before = dict(_Model().to(dtype).named_parameters())
-                one = _train(_Model().to(dtype), build, 0, 1, 20, dtype)
-                other = _train(_fsdp(_Model().to(dtype), mesh, dim), build, rank, count, 20, dtype)
+                one = _train(_Model().to(dtype), build, [0], 1, 20, dtype)
+                other = _train(_fsdp(_Model().to(dtype), mesh, dim), build, [rank], count, 20, dtype)
                 drifts[name, dtype, dim] = _drift(before, one, other)
+            parts[name, dtype] = _drift(before, one, _train(_Model().to(dtype), build, range(count), count, 20, dtype))
     for (name, dtype, dim), drift in drifts.items():
-        # Seen: at most 1.8 times torch's 4e-7, but for 4.4 with Newton-Schulz, which scales small singular values up.
-        limit = 1e-10 if dtype is torch.float64 else (6 if name == "cosmos" else 2.5) * drifts["torch", dtype, dim]
+        limit = 1e-10 if dtype is torch.float64 else 2.5 * max(drifts["torch", dtype, dim], parts[name, dtype])
         if not drift <= limit:
             wrong.append(f"{name} {dtype} Shard({dim}) on {count}: {drift:.1e}, not below {limit:.1e}")
     return wrong
@@ -358,6 +373,7 @@ def _other_ways():
 CLAIMS = {
     "named": lambda count, mesh, folder: _cases(count, mesh, NAMED, SMALL, 20),
     "variants": lambda count, mesh, folder: _cases(count, mesh, VARIANTS, SMALL, 9),
+    "deficient": lambda count, mesh, folder: _cases(count, mesh, DEFICIENT, SMALL, 9, gradient_rank=1),
     "codes": lambda count, mesh, folder: _cases(count, mesh, CODED, LARGE, 4),
     "low bits": lambda count, mesh, folder: _low_bits(count, mesh, "nearest", torch.float32),
     "draws": lambda count, mesh, folder: _low_bits(count, mesh, "stochastic", torch.bfloat16),
@@ -401,6 +417,11 @@ def test_every_optimizer_steps_shards_as_the_whole(count):
 
 def test_so_does_every_side_refresh_and_way_to_keep_moments():
     holds(3, "variants")
+
+
+def test_gradients_of_lower_rank_than_the_subspace_leave_nothing_to_chance():
+    """Directions that they do not have are drawn by name, and are the same however the gradient is sharded."""
+    holds(3, "deficient")
 
 
 @pytest.mark.parametrize("count", [2, FOUR])
