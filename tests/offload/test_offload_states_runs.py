@@ -23,12 +23,8 @@ AWAY = [*HOST, "offload.gradients=true"]
 GALORE = ["optim=galore", "optim.rank=4", "optim.update_proj_gap=2"]
 """With clipping to the global norm (`BASE`), refreshed at the first and the third step."""
 CASES = [
-    (["optim=adamw", "parallel.zero=1"], HOST),
-    (["optim=adamw", "parallel.zero=3"], DISK),
-    (["optim=adamw", "parallel.zero=2", "train.clip_by=parameter"], AWAY),
+    (["optim=adamw", "parallel.zero=1"], DISK),
     ([*GALORE, "parallel.zero=3", "parallel.accumulate=local"], AWAY),
-    ([*GALORE, "parallel.zero=0"], DISK),
-    ([*GALORE, "parallel.zero=2"], HOST),
     ([*GALORE, "parallel.zero=3", "optim.in_backward=true", "train.clip_by=parameter"], HOST),
 ]
 MORE = [
@@ -38,6 +34,11 @@ MORE = [
         "cosmos": ["optim.rank=4"], "fira": [*GALORE[1:], "precision=bf16_sr"],
     }.items()
     for zero, tier in ((1, HOST), (2, DISK), (3, HOST))
+] + [
+    (["optim=adamw", "parallel.zero=3"], DISK),
+    (["optim=adamw", "parallel.zero=2", "train.clip_by=parameter"], AWAY),
+    ([*GALORE, "parallel.zero=0"], DISK),
+    ([*GALORE, "parallel.zero=2"], HOST),
 ]  # fmt: skip
 
 
