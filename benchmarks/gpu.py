@@ -195,6 +195,15 @@ def blocks_of_8b(*overrides: str) -> Job:
     return train_job([*BLOCKS_8B, *overrides])
 
 
+def checkpoints(seconds: float) -> dict[str, Any]:
+    """What saves cost the training thread: ours in three modes, torch.save and torch's checkpoints; about 5 GiB."""
+    command = ["-m", "benchmarks.checkpoint", "--hidden", "2048", "--layers", "8", "--rounds", "3", "--steps", "8"]
+    with tempfile.TemporaryDirectory() as folder:
+        status, output = call([*command, "--out", folder], seconds)
+        result = Path(folder) / "checkpoint.json"
+        return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
+
+
 SUITES: dict[str, dict[str, Job]] = {
     "foundation": {
         "main_job": train_job(["run.device=cuda"]),
@@ -234,6 +243,7 @@ SUITES: dict[str, dict[str, Job]] = {
             [*LLAMA_130M, "optim=adamw", "offload=disk", "train.steps=12", "train.eval_every=0", "checkpoint.every=0"]
         ),
     },
+    "checkpoints": {"lazy_beside_sync": checkpoints},
     "optimizers": {
         "amortised_7b_layer": amortised("7B"),
         "amortised_1b_layer": amortised("1B"),
