@@ -78,7 +78,8 @@ def ring_forward(
     if links.count == 1 and is_whole(own, q):
         return attend(q, k, v, own[0].causal, scale)
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=wide)
+    # Tokens outermost in memory, as the next layer takes them: what is saved here is then saved once.
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1], dtype=wide).transpose(1, 2)
     lse = q.new_full(q.shape[:-1], float("-inf"), dtype=wide)
     held = [k, v]
     for hop in range(links.count):
