@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.activations import Activations
+from offload.float8 import plain_products
 from offload.pool import TierError
 from offload.states import OffloadedStates, offloaded
 from optim import registry
@@ -106,7 +107,9 @@ def try_out(cfg: Config, world: World, model: nn.Module, vocab_size: int) -> Non
     Raises:
         UserError: it mixes the documents of a row.
     """
-    with autocast(cfg.precision, world.device):  # FSDP2 hands out weights in the dtype that products are made in
+    # FSDP2 hands out weights in the dtype that products are made in. FP8's scales are shared by the documents of a row:
+    # a product without them shows what else they share.
+    with plain_products(model), autocast(cfg.precision, world.device):
         check_documents_apart(model, vocab_size, cfg.data.packing)
     if world.device.type == "cuda" and cfg.run.deterministic:
         problem = make_deterministic(model, vocab_size)

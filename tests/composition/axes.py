@@ -271,9 +271,20 @@ class Combination:
         return str(self.setting("resume", "straight"))
 
     @property
+    def splits_codes(self) -> bool:
+        """Whether 8-bit activations lose something else than in one process: attention over a row that ranks share
+        saves other tensors."""
+        return self["activations"] in ("int8", "fp8") and self["sequence"] != BY_NAME["sequence"].values[0].name
+
+    @property
+    def drifts(self) -> bool:
+        """Whether how a batch is split shows even in fp64."""
+        return bool(self.setting("drifts", False)) or self.splits_codes
+
+    @property
     def is_exact(self) -> bool:
         """Whether nothing but the order of fp64 sums depends on the layout."""
-        return self["precision"] == "fp64" and not self.setting("drifts", False)
+        return self["precision"] == "fp64" and not self.drifts
 
     @property
     def reference(self) -> "Combination":

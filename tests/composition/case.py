@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from parallel.launch import World
+from parallel.config import EngineName
+from parallel.launch import World, connected
 from tests.composition.axes import STOP_AFTER
 from tests.composition.faults import FAULTS
 from trainer.build import build
@@ -87,6 +88,8 @@ def attempt(job: Job, world: World) -> Report:
         try:
             cfg = load(list(job.overrides))
             world = replace(world, sequence_degree=cfg.parallel.degree(world.process_count))
+            if world.process_count == 1 and cfg.parallel.engine is not EngineName.torch:  # which wants a group of one
+                world = stack.enter_context(connected(cfg.parallel, "cpu", 1))
             agree_on_config(cfg, world)
             assert cfg.run.dir is not None
             store = CheckpointStore(Path(cfg.run.dir) / "checkpoints", keep=0, verify=True, group=world.control)

@@ -120,7 +120,9 @@ def measured_section(survey: Survey) -> list[str]:
         f"into 2 and 4 micro-steps, with no collective and no shard. A layout may drift {DRIFT:g} times as far, and",
         f"by a rounding of its format ({ROUNDING['fp32']:.0e} in fp32, {ROUNDING['bf16']:.0e} in bf16).",
         f"The first loss and gradient norm, before any weight has moved, differ by at most {FIRST['fp32']:g} in fp32",
-        f"and {FIRST['bf16']:g} in bf16. FP8 activations share one scale over a micro-batch, so they count as narrow.",
+        f"and {FIRST['bf16']:g} in bf16. FP8 activations share one scale over a micro-batch, so they count as narrow;",
+        "so do 8-bit activations of rows that ranks share, whose attention saves other tensors: they may differ as",
+        "far as codes do from what they stand for.",
         "Weights are compared with the way they went: a distance of 0.1 is a tenth of that.",
         "Another kind of loss and lean blocks compute the same by other formulas, which round at other places: in all",
         "rows alike, up to 2e-3 of every gradient in bf16. They are compared with the others in fp64; in narrower",
@@ -134,7 +136,7 @@ def measured_section(survey: Survey) -> list[str]:
     groups: dict[str, list[dict[str, float]]] = {}
     for row, outcome in survey.outcomes.items():
         if outcome.kind == "equal":
-            name = row["precision"] if row.is_exact or row["precision"] != "fp64" else "fp64, FP8 activations"
+            name = row["precision"] if row.is_exact or row["precision"] != "fp64" else "fp64, 8-bit activations"
             groups.setdefault(name, []).append(outcome.distances)
     for name, found in sorted(groups.items(), key=lambda item: item[0] != "fp64"):
         worst = [max(each.get(key, 0.0) for each in found) for key in SHOWN]

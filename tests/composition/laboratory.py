@@ -51,7 +51,7 @@ class Laboratory:
         self.folder = Path(tempfile.mkdtemp(prefix="composition-"))
         self.text = documents(self.folder / "text.jsonl")
         self.pools = Pools().__enter__()
-        self._references: dict[Combination, tuple[Trained, dict[str, float]] | Failed] = {}
+        self._references: dict[tuple[Combination, bool], tuple[Trained, dict[str, float]] | Failed] = {}
         self._runs = 0
         return self
 
@@ -67,11 +67,11 @@ class Laboratory:
             kind = "refused" if failed.report.kind == "refused" else "crashed"
             return Outcome(kind, failed.report.text)
         try:
-            reference, yardstick = self.reference(combination.reference)
+            reference, yardstick = self.reference(combination.reference, codes=combination.splits_codes)
         except Failed as failed:  # the layout accepts what one process refuses, or the method itself is broken
             return Outcome("crashed", f"its reference ({combination.reference}): {failed}")
         measured = distances(found, reference)
-        drifts, lossy = combination.setting("drifts", False), combination["activations"] in ("int8", "fp8")
+        drifts, lossy = combination.drifts, combination["activations"] in ("int8", "fp8")
         allowed = limits(combination["precision"], yardstick, drifts=drifts, lossy=lossy)
         far = [key for key, value in measured.items() if not value <= allowed.get(key, float("inf"))]
         if far:
@@ -79,18 +79,23 @@ class Laboratory:
         without_effect = ignored(combination, found, reference)
         return Outcome("ignored" if without_effect else "equal", "; ".join(without_effect), measured, allowed)
 
-    def reference(self, method: Combination) -> tuple[Trained, dict[str, float]]:
-        """The single-process training of a method, and how far it drifts when it splits its own batch otherwise."""
-        if method not in self._references:
+    def reference(self, method: Combination, *, codes: bool = False) -> tuple[Trained, dict[str, float]]:
+        """The single-process training of a method, and how far it drifts when it splits its own batch otherwise.
+
+        Args:
+            codes: count as drift what 8-bit activations lose at all, beside the same that keeps them.
+        """
+        if (method, codes) not in self._references:
             try:
                 alone = self.train(method)
                 twins = [] if method.is_exact else [method.but(accumulation=n) for n in TWINS]
+                twins += [method.but(activations="keep")] if codes else []
                 measured = [distances(self.train(twin), alone) for twin in twins]
                 yardstick = {key: max(each[key] for each in measured) for key in (measured[0] if measured else ())}
-                self._references[method] = (alone, yardstick)
+                self._references[method, codes] = (alone, yardstick)
             except Failed as failed:
-                self._references[method] = failed
-        found = self._references[method]
+                self._references[method, codes] = failed
+        found = self._references[method, codes]
         if isinstance(found, Failed):
             raise found
         return found

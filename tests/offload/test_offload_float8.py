@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.config import Fate
-from offload.float8 import Recipe, Shared, linear, use_float8
+from offload.float8 import Recipe, Shared, linear, plain_products, use_float8
 from offload.lean import make_lean
 from tests.offload.models import llama, managed, rows, same, step
 from tests.ranks import on_ranks
@@ -93,6 +93,18 @@ def test_products_are_those_of_values_rounded_in_float64(recipe: str) -> None:
     d_weight = exact if whole else rounded(g, g_type, first, power).t() @ rounded(flat, e4m3, first, power)
     for one, other in zip(products(recipe, x, weight, grad), (y, d_x, d_weight), strict=True):
         assert (one.view(other.shape) - other).norm() <= 1e-6 * other.norm()
+
+
+def test_products_are_plain_for_a_while_and_then_again_in_fp8() -> None:
+    block = nn.Sequential(nn.Linear(32, 32, dtype=torch.bfloat16))
+    x = torch.randn(16, 32, dtype=torch.bfloat16)
+    plain = block(x)
+    use_float8([("block", block)], ".*", "tensorwise")
+    coded = block(x)
+    assert not torch.equal(coded, plain)
+    with plain_products(block):
+        assert torch.equal(block(x), plain)
+    assert torch.equal(block(x), coded)
 
 
 def test_the_error_of_a_product_is_the_formats() -> None:
