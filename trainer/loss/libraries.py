@@ -15,6 +15,7 @@ def torch_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     In bf16 it takes the scale of all gradients (one in all targets) as bf16 too, up to 0.4 % off; `linear_loss_sum`
     does not.
     """
+    hidden, weight, bias = as_computed(hidden, weight, bias)  # FSDP2 gathers the head in bf16 beside fp32 states
     functional: Any = torch.nn.functional
     sizes: dict[str, Any] = {} if terms.chunk_rows is None else {"batch_chunk_size": terms.chunk_rows}
     losses: Tensor = functional.linear_cross_entropy(
