@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.ranks import on_ranks
 from benchmarks.report import print_table, spread, write_result
 from parallel.config import ParallelConfig, SequenceKind
 from parallel.launch import World, connected
@@ -140,18 +141,7 @@ def on_rank(shape: Shape) -> dict[str, Any]:
 
 def strategies(ranks: int, shape: Shape) -> dict[str, Any]:
     """Each arm on `ranks` gloo ranks; of each round the slowest rank's seconds."""
-    from torch.multiprocessing import get_context
-
-    context = get_context("spawn")
-    with context.Manager() as manager:
-        reports = manager.dict()
-        port = 20000 + os.getpid() % 20000
-        processes = [context.Process(target=entry, args=(rank, ranks, port, shape, reports)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        found = [reports[rank] for rank in range(ranks)]
+    found = on_ranks(ranks, on_rank, shape)
     arms: dict[str, Any] = {"whole": {"seconds": spread(whole(ranks, shape))}}
     for name, first in found[0].items():
         if "left_out" in first:
@@ -160,12 +150,6 @@ def strategies(ranks: int, shape: Shape) -> dict[str, Any]:
         slowest = [max(each) for each in zip(*(report[name]["seconds"] for report in found), strict=True)]
         arms[name] = first | {"seconds": spread(slowest)}
     return arms
-
-
-def entry(rank: int, ranks: int, port: int, shape: Shape, reports: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-    reports[rank] = on_rank(shape)
 
 
 def whole(threads: int, shape: Shape) -> list[float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, memory_table, optimizer_step
+from benchmarks import gpu, memory_table, optimizer_step, sharding
 from benchmarks.optimizer_arms import ARMS, Size, gradients
 
 
@@ -56,3 +56,28 @@ def test_a_steps_share_of_a_refresh_is_counted_and_judged(monkeypatch: pytest.Mo
     found = gpu.amortised("7B")(60.0)
     assert found["amortised_over_adamw"] == pytest.approx({"torch adamw fused": 1.0, "galore": 1.3, "apollo": 1.2})
     assert found["bars"]["galore"]["met"] and not found["bars"]["apollo"]["met"]
+
+
+@pytest.mark.slow
+def test_sharding_measures_every_arm_of_both_launches_and_judges_the_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    found = sharding.measure(sharding.Size(32, 2, 259, rows=1, length=16, stages=(1, 3)), minutes=0.0)
+    json.dumps(found)
+    ours = {f"{name} zero={zero}" for name in sharding.OPTIMIZERS for zero in (1, 3)}
+    assert set(found["arms"]) == ours | {"FSDP2 by hand", "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-3"}
+    assert all(arm["rounds"] == 2 and arm["sent"] > 0 for arm in found["arms"].values())
+    assert found["arms"]["adamw zero=3"]["weights"] < found["arms"]["adamw zero=1"]["weights"]
+    assert set(found["bars"]) == set(sharding.LOW_RANK)
+    sharding.show(found)
+    assert "under zero=3 takes" in capsys.readouterr().out
+
+
+def test_a_low_rank_step_is_compared_with_adamws_of_its_round_and_a_share_of_its_refresh_is_added() -> None:
+    def arm(*seconds: float, refresh: tuple[float, ...] = ()) -> dict[str, object]:
+        kept = dict.fromkeys(("peak", "weights", "states", "sent"), 1)
+        return {**kept, "seconds": list(seconds), "refresh_seconds": list(refresh)}
+
+    usual, low = arm(1.0, 2.0), arm(1.2, 2.4, refresh=(41.2, 82.4))
+    arms = sharding.compared([{"adamw zero=3": usual, "galore zero=3": low, "apollo zero=3": arm(1.2, 2.4)}])
+    bars = sharding.judged(arms)
+    assert bars["galore"]["found"] == pytest.approx(1.4) and not bars["galore"]["met"]
+    assert bars["apollo"]["found"] == pytest.approx(1.2) and bars["apollo"]["met"]
