@@ -67,11 +67,12 @@ def test_every_stage_trains_as_one_process_does(count: int, alone: dict[str, Out
         assert_equal([rank[index] for rank in ranks], wanted, 1e-9, what)
 
 
-def test_fp32_drifts_no_further_than_torchs_own_adamw_under_the_same_sharding() -> None:
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))])
+def test_fp32_drifts_no_further_than_torchs_own_adamw_under_the_same_sharding(count: int) -> None:
     """Summing micro-batches in another order changes the last digits of a gradient, and Adam divides by its size."""
     ours, torchs = train_each([["precision=fp32"], ["precision=fp32", TORCH]])
     cases = [["precision=fp32", stage, *more] for stage in STAGES for more in ([], [TORCH])]
-    ranks = on_each_rank(2, train_each, cases)
+    ranks = on_each_rank(count, train_each, cases)
     for index, stage in enumerate(STAGES):
         sharded, reference = ranks[0][2 * index], ranks[0][2 * index + 1]
         assert largest(sharded.first_gradients, ours.first_gradients) < 1e-5, stage

@@ -1,5 +1,8 @@
 """Bytes of a rank under every stage of ZeRO: as the formulas say, and as a plan predicts."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,16 +11,19 @@ from tests.parallel.sharded import BASE, make, on_each_rank, step_batch
 from trainer.cli.compose import load
 from trainer.plan import planned_config, predict
 from trainer.step import train_step
+from trainer.summary import adamw_share
 
 STAGES = range(4)
 OPTIONS = [
     *BASE, "precision=fp32", "model.hidden_size=64", "model.intermediate_size=128", "model.layers=4",
     "model.vocab_size=260", "data.packing=document",
 ]  # fmt: skip
+GALORE = ["optim=galore", "optim.rank=8"]
 
 
-def counted() -> list[tuple[dict[str, int], dict[str, int], int]]:
-    """Of each stage: bytes by kind between steps and at the peak of the update, and the peak of a steady step."""
+def counted() -> list[tuple[dict[str, int], dict[str, int], int, int]]:
+    """Of each stage: bytes by kind between steps and at the peak of the update, the peak of a steady step, and what a
+    run of GaLore says plain AdamW's states would take."""
     found = []
     with connected(load(BASE).parallel, "cpu", 1) as world:
         for zero in STAGES:
@@ -25,7 +31,9 @@ def counted() -> list[tuple[dict[str, int], dict[str, int], int]]:
             for step in range(2):
                 with built.meter.count_step() as timeline:
                     train_step(built, step_batch(built.cfg, world, step), step, 0)
-            found.append((built.meter.held(), timeline.peak_by_phase["clip"].by_kind, timeline.peak.total))
+            galore: Any = SimpleNamespace(built=make([*OPTIONS, *GALORE, f"parallel.zero={zero}"], world))
+            update = timeline.peak_by_phase["clip"].by_kind
+            found.append((built.meter.held(), update, timeline.peak.total, adamw_share(galore)))
     return found
 
 
@@ -36,8 +44,9 @@ def test_bytes_of_a_rank_are_those_of_zeros_formulas_and_of_the_plan() -> None:
         cfg = load([*OPTIONS, f"parallel.zero={zero}"])
         plan = predict(cfg, planned_config(cfg), ranks=2, device=torch.device("cpu"))
         whole = 4 * plan.parameters
-        for held, update, peak in (rank[zero] for rank in ranks):
+        for held, update, peak, share in (rank[zero] for rank in ranks):
             assert held["states"] == pytest.approx(2 * whole / (1 if zero == 0 else 2), rel=0.01), zero
+            assert share == held["states"], f"zero={zero}: the final table's AdamW holds what AdamW does"
             assert held["weights"] == pytest.approx(whole / (1 if zero < 2 else 2), rel=0.01), zero
             assert update["gradients"] == pytest.approx(whole / (1 if zero < 2 else 2), rel=0.01), zero
             assert update["workspace"] < 0.02 * whole, f"zero={zero}: clipping holds nothing of the model's size"
