@@ -204,6 +204,14 @@ def checkpoints(seconds: float) -> dict[str, Any]:
         return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
 
 
+def sharded_on_one_rank(seconds: float) -> dict[str, Any]:
+    """Bytes of FSDP2 under zero=3 against the formula, states on the device and on the host; 0.4B weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        status, output = call(["-m", "benchmarks.one_rank", "--out", folder], seconds)
+        result = Path(folder) / "one_rank.json"
+        return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
+
+
 SUITES: dict[str, dict[str, Job]] = {
     "foundation": {
         "main_job": train_job(["run.device=cuda"]),
@@ -253,6 +261,7 @@ SUITES: dict[str, dict[str, Job]] = {
             "7B", "adamw_8bit,bitsandbytes 8bit,torchao 8bit,adamw_fp8,torchao fp8"
         ),
     },
+    "sharding": {"one_rank_of_fsdp2": sharded_on_one_rank},
     "sequence": {"blocks_32k_to_256k": attention_in_blocks(32768, 65536, 131072, 262144)},
 }
 """Each capability adds its own suite here, most telling job first."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, memory_table, optimizer_step, sharding
+from benchmarks import gpu, memory_table, one_rank, optimizer_step, sharding
 from benchmarks.optimizer_arms import ARMS, Size, gradients
 
 
@@ -81,3 +81,9 @@ def test_a_low_rank_step_is_compared_with_adamws_of_its_round_and_a_share_of_its
     bars = sharding.judged(arms)
     assert bars["galore"]["found"] == pytest.approx(1.4) and not bars["galore"]["met"]
     assert bars["apollo"]["found"] == pytest.approx(1.2) and bars["apollo"]["met"]
+
+
+def test_fsdp2_on_one_rank_holds_what_the_formula_says_with_states_here_and_on_the_host() -> None:
+    found = one_rank.measure(hidden=64, layers=2, length=16)["states"]
+    assert [arm["met"] for arm in found.values()] == [True, True]
+    assert found["on the host"]["found"]["host"] == found["on the device"]["found"]["states"] > 0
