@@ -187,19 +187,19 @@ def test_affine_bases_err_by_half_a_level_even_where_all_have_one_sign(width):
 @pytest.mark.parametrize(
     ("shape", "coded"),
     [
-        ((64, 64), {"int8", "int4", "fp8"}),
-        ((63, 64), set()),
-        ((8192,), set()),
-        ((), set()),
-        ((4096, 1), set()),
-        ((1024, 48), {"int4", "fp8"}),
-        ((128, 97), {"int8", "fp8"}),
-        ((64, 8, 8), {"int8", "int4", "fp8"}),
+        ((64, 64), ["int8", "int4", "fp8"]),
+        ((63, 64), []),
+        ((8192,), []),
+        ((), []),
+        ((4096, 1), []),
+        ((1024, 48), ["int4", "fp8"]),
+        ((128, 97), ["int8", "fp8"]),
+        ((64, 8, 8), ["int8", "int4", "fp8"]),
     ],
     ids=str,
 )
 def test_the_global_shape_decides_what_is_coded(shape, coded):
-    assert {name for name in CODED if codec_for(name, shape) is not PLAIN} == coded
+    assert {name for name in CODED if codec_for(name, shape) is not PLAIN} == set(coded)
     assert codec_for("bf16", shape) is CODECS["bf16"]
 
 
