@@ -49,7 +49,7 @@ def message(*overrides: str) -> str:
         (["model.tie_embeddings=3"], ["model.tie_embeddings=3: needs true or false"]),
         (
             ["precision.weights=FP32"],
-            ["precision.weights=FP32: needs one of fp32, bf16, bf16_sr, int8_sr, fp64; did you mean fp32?"],
+            ["precision.weights=FP32: needs one of fp32, bf16, bf16_sr, int8_sr, fp64, fp8; did you mean fp32?"],
         ),
         (["train=3"], ["train=3: is a section"]),
         (["train={steps:5,stepz:6}"], ["is a section; set its options one by one", "stepz"]),

@@ -140,6 +140,12 @@ def all_cases(path: str) -> dict[str, Any]:
     with connected(ParallelConfig(), "cpu", 1) as world:
         found: dict[str, Any] = {f"{p} {o}": trained(overrides(path, p, o), world) for p, o in CASES}
         found["plain"] = plain_torch(overrides(path, "fp32", "adamw"), world)
+        if world.process_count == 1:
+            for optimizer in ("adamw", "galore"):
+                asked = overrides(path, "fp32", optimizer)
+                found[f"summed otherwise {optimizer}"] = [
+                    trained([*asked, f"train.micro_batch={size}"], world)[0] for size in (1, 12)
+                ]
     return found
 
 
@@ -184,7 +190,11 @@ def test_fp32_first_gradients_and_losses_equal_one_process(
     alone_losses, _, alone_gradients = results[1][f"fp32 {optimizer}"]
     for name, gradient in alone_gradients.items():
         assert np.linalg.norm(gradients[name] - gradient) <= 1e-5 * np.linalg.norm(gradient), name
-    np.testing.assert_allclose(losses, alone_losses, rtol=1e-5)
+    # A subspace is found in the gradient's last bits too: where rows are only summed in another order, GaLore's losses
+    # part by 7e-6 in one process, and AdamW's by 2e-7. Ranks add no more than another order does.
+    others = results[1][f"summed otherwise {optimizer}"]
+    drift = max(np.abs(np.divide(other, alone_losses) - 1).max() for other in others)
+    np.testing.assert_allclose(losses, alone_losses, rtol=3 * drift)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -192,7 +192,8 @@ def test_a_run_writes_the_prediction_beside_what_it_measured(tmp_path: Path) -> 
     )  # fmt: skip
     run(cfg)
     written = json.loads((tmp_path / "run" / "memory.json").read_text())
-    assert list(written) == ["predicted", "measured"]
+    assert list(written) == ["predicted", "measured", "host"]
+    assert written["host"]["predicted"] == written["host"]["measured"]
     for step in ("first", "steady"):
         for part in ("peak", "peak_by_phase"):
             assert written["predicted"][step][part] == written["measured"][step][part]
