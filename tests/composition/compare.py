@@ -6,8 +6,9 @@ drift   narrower formats: rounding differs with the order of a sum, and an optim
         second moment turns a gradient that is all rounding into a full step. How much is measured on the method
         itself: one process that splits the same batch into 2 and into 4 micro-steps, with no collective and no shard
         anywhere, drifts from one process that does not. A layout may drift DRIFT times as far, for both are maxima
-        over rounding. What is computed before any weight has moved - the first loss and gradient norm - has an
-        absolute limit besides.
+        over rounding; one that drifts further is held against three more processes, their MLPs in pieces.
+        What is computed before any weight has moved - the first loss and gradient norm - has an absolute limit
+        besides.
 """
 
 from collections.abc import Mapping
