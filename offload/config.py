@@ -196,7 +196,8 @@ class OffloadConfig:
     itself is a window of its own."""
     gradients: bool = False
     """Whether gradients leave too: each for host memory as soon as it is complete in backward; there micro-steps add
-    up, and it comes back when its parameter steps. Not with DDP, whose buckets nothing frees."""
+    up, and it comes back when its parameter steps. Not with DDP, whose buckets nothing frees. `host_gib` is of states
+    alone: gradients take as much again as they have on the device."""
     host_gib: float | None = None
     """GiB of host memory that the states of one rank may take; default: no limit."""
     disk_gib: float | None = None

@@ -13,7 +13,7 @@ from parallel.launch import World
 from parallel.pretended import PretendedGroup
 from parallel.sequence.layout import Cut
 from parallel.sequence.links import Alone, Connection, Links, PretendedLinks
-from parallel.sequence.strategy import Strategy, cut_of, strategy_of
+from parallel.sequence.strategy import Exact, Strategy, cut_of
 
 
 def make_strategy(world: World, cfg: ParallelConfig, *, heads: int, key_heads: int) -> Strategy | None:
@@ -26,7 +26,7 @@ def make_strategy(world: World, cfg: ParallelConfig, *, heads: int, key_heads: i
         return None
     cut = cut_of(cfg, world.sequence_degree, heads, key_heads)
     inner, outer = connect(world, cut, cfg.timeout)
-    return strategy_of(cfg, cut, world.sequence_rank, inner, outer)
+    return Exact(cut, world.sequence_rank, inner, outer)
 
 
 def connect(world: World, cut: Cut, timeout: float = 600.0) -> tuple[Connection, Connection]:

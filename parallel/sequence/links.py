@@ -47,10 +47,6 @@ class Connection(Protocol):
         """Send flat part i to rank i; return the flat parts that all ranks sent here, `lengths` values each."""
         ...
 
-    def all_gather(self, part: Tensor) -> Tensor:
-        """Return every rank's `part`, all of one shape: (count, *shape)."""
-        ...
-
 
 class Alone:
     """A group of one, which never sends."""
@@ -64,9 +60,6 @@ class Alone:
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         return list(parts)
-
-    def all_gather(self, part: Tensor) -> Tensor:
-        return part[None]
 
 
 class Links:
@@ -98,13 +91,6 @@ class Links:
         self.sent += sent.nbytes - parts[self.index].nbytes
         return list(torch.split(received, list(lengths)))
 
-    def all_gather(self, part: Tensor) -> Tensor:
-        part = part.contiguous()
-        every = part.new_empty(self.count, *part.shape)
-        dist.all_gather_into_tensor(every.view(-1), part.view(-1), group=self._group)
-        self.sent += part.nbytes * (self.count - 1)
-        return every
-
 
 class PretendedLinks:
     """Rank 0 of `count`, of which no other exists: what it receives has sizes and lifetimes, and no values."""
@@ -123,7 +109,3 @@ class PretendedLinks:
         sent = torch.cat(list(parts))
         self.sent += sent.nbytes - parts[self.index].nbytes
         return list(torch.split(sent.new_empty(sum(lengths)), list(lengths)))
-
-    def all_gather(self, part: Tensor) -> Tensor:
-        self.sent += part.nbytes * (self.count - 1)
-        return part.new_empty(self.count, *part.shape)

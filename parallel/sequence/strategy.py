@@ -94,8 +94,3 @@ def cut_of(cfg: ParallelConfig, degree: int, heads: int, key_heads: int) -> Cut:
         count for count in range(1, degree + 1) if not (degree % count or heads % count or key_heads % count)
     )
     return Cut(ring=degree // inner, ulysses=inner)
-
-
-def strategy_of(cfg: ParallelConfig, cut: Cut, index: int, inner: Connection, outer: Connection) -> Strategy:
-    """The strategy `cfg.sequence` names."""
-    return Exact(cut, index, inner, outer)

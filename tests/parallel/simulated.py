@@ -58,11 +58,6 @@ class ThreadLinks:
         assert [x.numel() for x in found] == list(lengths)
         return found
 
-    def all_gather(self, part: Tensor) -> Tensor:
-        return torch.stack(
-            [x.view_as(part) for x in self.all_to_all([part.flatten()] * self.count, [part.numel()] * self.count)]
-        )
-
 
 def on_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
     """Return what function(rank) returns for each rank, all running at once."""
