@@ -24,7 +24,9 @@ def any_rank(world: World, *flags: int) -> list[int]:
         return list(flags)
     raised = torch.tensor(flags, dtype=torch.int64)
     dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=world.control)
-    return [int(flag) for flag in raised]
+    agreed: list[int] = raised.tolist()
+    raised.untyped_storage().resize_(0)  # gloo's thread may hold the tensor a moment longer: a step's bytes are exact
+    return agreed
 
 
 def from_leader(world: World, value: Any) -> Any:
