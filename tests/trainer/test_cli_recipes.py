@@ -1,14 +1,16 @@
 """Recipes: reading a claim, running its arms, holding the runs against it."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from trainer import recipes
 from trainer.cli import main as cli
-from trainer.cli import recipe_runs
+from trainer.cli import recipe_jobs
 from trainer.cli.compose import load, load_saved
+from trainer.cli.recipe_jobs import Job, run_jobs
 from trainer.errors import TrainingStopped, UserError
 from trainer.recipes import Check
 
@@ -23,6 +25,21 @@ checks:
   - {name: fall, arm: a, metric: eval_loss, over_metric: eval_loss_first, at_most: 0.6}
 """
 Output = pytest.CaptureFixture[str]
+
+
+class Process:
+    """Stands in for a run's process that ends at once, or when it is told to."""
+
+    def __init__(self, code: int | None):
+        self.returncode = code
+        self.told: list[int] = []
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        self.told.append(number)
+        self.returncode = 128 + number
 
 
 @pytest.fixture
@@ -40,7 +57,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Collect the command lines of runs, and leave what a run leaves: AdamW ends at 2 of 4, GaLore at 1."""
     seen: list[list[str]] = []
 
-    def run_once(overrides: list[str]) -> None:
+    def start(job: Job) -> Process:
+        overrides = job.overrides
         seen.append(overrides)
         cfg = load(overrides)
         folder = Path(str(cfg.run.dir))
@@ -51,8 +69,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 3, "eval_loss": 2.0}\n')
         environment = {"python": "3", "libraries": {"torch": "2"}, "git": None, "gpus": []}
         (folder / "environment.json").write_text(json.dumps(environment))
+        return Process(0)
 
-    monkeypatch.setattr(recipe_runs, "run_once", run_once)
+    monkeypatch.setattr(recipe_jobs, "start", start)
     return seen
 
 
@@ -97,40 +116,67 @@ def test_check_judges_the_newest_batch_alone(recipe: Path, trained: list[list[st
 def test_a_run_that_does_not_finish_ends_the_recipe_with_its_code(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_once(overrides: list[str]) -> None:
-        raise TrainingStopped("ended")
-
-    monkeypatch.setattr(recipe_runs, "run_once", run_once)
+    monkeypatch.setattr(recipe_jobs, "start", lambda job: Process(3))
     assert cli.main(["recipe", "run", str(recipe)]) == 3
 
 
 def test_a_batch_that_was_interrupted_goes_on_with_what_it_lacks(
     recipe: Path, trained: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
-    whole = recipe_runs.run_once
+    whole = recipe_jobs.start
 
-    def interrupted(overrides: list[str]) -> None:
+    def interrupted(job: Job) -> Process:
         if len(trained) == 3:
-            folder = Path(str(load(overrides).run.dir))
+            folder = Path(str(load(job.overrides).run.dir))
             folder.mkdir(parents=True)
-            raise TrainingStopped("no more")
-        whole(overrides)
+            return Process(3)
+        return whole(job)  # type: ignore[return-value]
 
-    monkeypatch.setattr(recipe_runs, "run_once", interrupted)
+    monkeypatch.setattr(recipe_jobs, "start", interrupted)
     assert cli.main(["recipe", "run", str(recipe), "--out", "out"]) == 3
     assert [cfg.seed for cfg in map(load, trained)] == [0, 0, 1], "all arms of a seed come before the next seed"
 
-    def going_on(overrides: list[str]) -> None:
-        Path(str(load(overrides).run.dir)).rmdir()
-        whole(overrides)
+    def going_on(job: Job) -> Process:
+        Path(str(load(job.overrides).run.dir)).rmdir()
+        return whole(job)  # type: ignore[return-value]
 
-    monkeypatch.setattr(recipe_runs, "run_once", going_on)
+    monkeypatch.setattr(recipe_jobs, "start", going_on)
     assert cli.main(["recipe", "run", str(recipe), "--out", "out", "--resume"]) == 0
     assert len(trained) == 4
     lines = [json.loads(line) for line in Path("out/runs.jsonl").read_text().splitlines()]
     assert len({line["batch"] for line in lines}) == 1 and len(lines) == 4
     assert Path("out/loss.csv").read_text().count("\n") == 1 + 2 * 4
     assert "the claim holds" in capsys.readouterr().out
+
+
+def test_jobs_run_some_at_a_time_and_the_first_failure_has_the_others_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[str, int]] = []
+    ended: list[str] = []
+    processes = {"a": Process(None), "b": Process(None), "c": Process(None), "d": Process(0)}
+
+    def start(job: Job) -> Process:
+        alive = sum(processes[name].returncode is None for name, _ in begun)
+        begun.append((job.name, alive))
+        if job.name == "c":  # b, beside which it runs, fails
+            processes["b"].returncode = 3
+        if job.name == "b":
+            processes["a"].returncode = 0
+        return processes[job.name]
+
+    monkeypatch.setattr(recipe_jobs, "start", start)
+    jobs = [Job(name, [name], done=lambda seconds, name=name: ended.append(name)) for name in "abcd"]
+    with pytest.raises(TrainingStopped, match="exit code 3: b"):
+        run_jobs(jobs, at_once=2)
+    assert begun == [("a", 0), ("b", 1), ("c", 1)], "two at a time, none begun after a failure"
+    assert ended == ["a"] and processes["c"].told == [signal.SIGTERM]
+
+
+def test_a_run_beside_others_prints_into_its_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "batch" / "a-seed0.log"
+    with pytest.raises(UserError, match="exit code 2: train.step=3; what it said is in .*a-seed0.log"):
+        run_jobs([Job("a", ["train.step=3"], log)], at_once=2)
+    assert "did you mean train.steps" in log.read_text()
+    assert capfd.readouterr().out == "a\n"
 
 
 @pytest.mark.parametrize(

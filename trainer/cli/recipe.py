@@ -21,6 +21,7 @@ DESCRIPTION = """Reproductions: a configuration, what it is claimed to give, and
   stowage recipe run quickstart                    every arm and seed, each in a process of its own
   stowage recipe run quickstart --seeds 0,1 train.steps=100
   stowage recipe run quickstart --resume           go on with a batch that was interrupted
+  stowage recipe run lowrank_vs_adamw --jobs 8     eight runs at a time, on one GPU of which each needs a part
   stowage recipe check quickstart                  exit code 1 if the last run falls short
 
 A recipe is a name from the list or a folder with config.yaml (an overlay) and claim.yaml."""
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         return show(recipe)
     if asked.action == "run":
         seeds = asked.seeds or recipe.claim.seeds
-        measure(recipe, seeds, asked.overrides, out, resume=asked.resume)
+        measure(recipe, seeds, asked.overrides, out, resume=asked.resume, jobs=asked.jobs)
         return judge(recipe, read_results(out, recipe), out)
     return judge(recipe, read_results(out, recipe), out)
 
@@ -53,12 +54,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=seed_list, metavar="0,1,2", help="run: seeds instead of the claim's own")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run, check: results; default runs/recipes/NAME")
     parser.add_argument("--resume", action="store_true", help="run: only what the newest batch of DIR still lacks")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: as many runs at a time; default 1")
     asked = parser.parse_intermixed_args(arguments)
     if asked.action not in ACTIONS:
         near = hint(asked.action, ACTIONS)
         raise UserError(f"stowage recipe {asked.action}: no such action; {near}Known: {', '.join(ACTIONS)}")
-    if asked.action != "run" and (asked.overrides or asked.seeds or asked.resume):
-        extra = asked.overrides or (["--seeds"] if asked.seeds else ["--resume"])
+    if asked.jobs < 1:
+        raise UserError(f"stowage recipe {asked.action}: --jobs {asked.jobs}: at least one run at a time; use --jobs 1")
+    options = {"--seeds": asked.seeds, "--resume": asked.resume, "--jobs": asked.jobs != 1}
+    extra = [*asked.overrides, *(option for option, given in options.items() if given)]
+    if asked.action != "run" and extra:
         raise UserError(
             f"stowage recipe {asked.action}: {' '.join(extra)} has an effect on `recipe run` alone; leave it out"
         )

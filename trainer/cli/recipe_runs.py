@@ -2,14 +2,10 @@
 
 import csv
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,10 +13,10 @@ from omegaconf import OmegaConf
 from trainer.cli import store
 from trainer.cli.compose import load
 from trainer.cli.overrides import quote
-from trainer.errors import TrainingStopped, UserError
+from trainer.cli.recipe_jobs import Job, run_jobs
+from trainer.errors import UserError
 from trainer.metrics import read_metrics
 from trainer.recipes import RECIPES, Recipe
-from trainer.signals import Interrupted
 
 RESULTS = "runs.jsonl"
 
@@ -36,7 +32,9 @@ class Measured:
     """What the user changed in every arm."""
 
 
-def measure(recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Path, *, resume: bool = False) -> None:
+def measure(
+    recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Path, *, resume: bool = False, jobs: int = 1
+) -> None:
     """Run every arm with every seed and append one line each to `out`/runs.jsonl.
 
     Beside it: resolved.yaml, versions.txt and loss.csv of these runs, and their run folders. All arms of a seed come
@@ -45,6 +43,7 @@ def measure(recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Pat
     Args:
         resume: go on with the newest batch of `out`: runs that are in runs.jsonl are not run again, one that was
             interrupted goes on from its last checkpoint.
+        jobs: runs at a time, on the same device; what each prints is then in a file beside its folder.
 
     Raises:
         UserError: there is nothing to go on with, or the recipe is another than that batch's.
@@ -57,26 +56,30 @@ def measure(recipe: Recipe, seeds: Sequence[int], overrides: list[str], out: Pat
     done = finished(out, batch)
     out.mkdir(parents=True, exist_ok=True)
     (out / "resolved.yaml").write_text(resolved(recipe, overrides))
-    for number, (arm, own, seed) in enumerate(plan, 1):
-        if (arm, seed) in done:
-            continue
-        print(f"{recipe.name}: run {number} of {len(plan)}, arm {arm}, seed {seed}", flush=True)
+
+    def job(number: int, arm: str, own: list[str], seed: int) -> Job:
         folder = out / batch / f"{arm}-seed{seed}"
-        start = time.monotonic()
-        run_once(arguments(recipe, own, seed, overrides, folder))
-        line = {
-            "batch": batch,
-            "arm": arm,
-            "seed": seed,
-            "overrides": overrides,
-            "wall_seconds": round(time.monotonic() - start, 1),
-            "summary": json.loads((folder / "summary.json").read_text()),
-        }
-        with (out / RESULTS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        done = finished(out, batch)
-        write_curves(out / "loss.csv", {run: out / batch / f"{run[0]}-seed{run[1]}" for run in done})
-        (out / "versions.txt").write_text(versions(folder))
+        name = f"{recipe.name}: run {number} of {len(plan)}, arm {arm}, seed {seed}"
+
+        def note(seconds: float) -> None:
+            print(f"{name}: done in {seconds:.0f} s", flush=True)
+            line = {"batch": batch, "arm": arm, "seed": seed, "overrides": overrides, "wall_seconds": round(seconds, 1)}
+            write_down(out, batch, folder, line)
+
+        log = folder.with_suffix(".log") if jobs > 1 else None
+        return Job(name, arguments(recipe, own, seed, overrides, folder), log, note)
+
+    numbered = enumerate(plan, 1)
+    run_jobs([job(n, arm, own, seed) for n, (arm, own, seed) in numbered if (arm, seed) not in done], jobs)
+
+
+def write_down(out: Path, batch: str, folder: Path, line: dict[str, Any]) -> None:
+    """Add a finished run to the files of `out`."""
+    line = {**line, "summary": json.loads((folder / "summary.json").read_text())}
+    with (out / RESULTS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    write_curves(out / "loss.csv", {run: out / batch / f"{run[0]}-seed{run[1]}" for run in finished(out, batch)})
+    (out / "versions.txt").write_text(versions(folder))
 
 
 def newest_batch(out: Path, recipe: Recipe, overrides: list[str]) -> str:
@@ -106,29 +109,6 @@ def arguments(recipe: Recipe, own: list[str], seed: int, overrides: list[str], f
     """Return the command line of one run; the user's overrides win over the arm's."""
     asked = recipe.name if recipe.folder.parent == RECIPES else str(recipe.folder)
     return [f"recipe={quote(asked)}", *own, *overrides, f"seed={seed}", f"run.dir={quote(str(folder))}"]
-
-
-def run_once(overrides: list[str]) -> None:
-    """Train in a fresh process, which shows its own progress and errors; signals are passed on, so that it saves."""
-    with subprocess.Popen([sys.executable, "-m", "trainer", *overrides]) as process:
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            process.send_signal(number)
-
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    code = 128 - code if code < 0 else code  # ended by a signal
-    what = f"a run of the recipe ended with exit code {code}: {' '.join(overrides)}"
-    if code == 2:
-        raise UserError(what)
-    if code in (130, 143):
-        raise Interrupted(code - 128, what)
-    if code:
-        raise TrainingStopped(what)
 
 
 def read_results(out: Path, recipe: Recipe) -> Measured:
