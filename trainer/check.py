@@ -4,6 +4,7 @@
 `key=asked: what was found; what to do`, and an empty list when all is well.
 """
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -262,10 +263,23 @@ LOSS_PACKAGES = {
 
 def package_problems(cfg: LossConfig) -> list[str]:
     """Some kinds of loss are packages of their own."""
+    if cfg.kind is LossKind.torch and not torch_has_the_loss():
+        found = importlib.metadata.version("torch")
+        return [
+            f"loss=torch: torch {found} has no linear_cross_entropy yet; use loss=chunked, which does the same, or a "
+            "newer torch (2.13 has it)"
+        ]
     module, name = LOSS_PACKAGES.get(cfg.kind, ("", ""))
     if not module or importlib.util.find_spec(module) is not None:
         return []
     return [f"loss={cfg.kind.value}: the package {name} isn't installed; install it, or use loss=chunked"]
+
+
+def torch_has_the_loss() -> bool:
+    """Whether torch's functions have linear_cross_entropy, by their text: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None, "torch is installed"
+    return "def linear_cross_entropy" in (Path(spec.origin).parent / "nn" / "functional.py").read_text()
 
 
 def float8_problems(compute: Dtype) -> list[str]:

@@ -9,9 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from trainer import check
 from trainer.cli.compose import load
 from trainer.data import IGNORE
 from trainer.errors import UserError
+from trainer.loss import head
 from trainer.loss.chunked import Terms, linear_loss_sum, rows_at_once
 from trainer.loss.config import LossConfig, LossKind
 from trainer.loss.head import HeadLoss
@@ -26,6 +28,10 @@ VARIANTS = {
     "z-loss": Terms(z_loss=1e-3),
     "all": Terms(label_smoothing=0.2, z_loss=1e-3, chunk_rows=37),
 }
+
+needs_torchs = pytest.mark.skipif(
+    not hasattr(nn.functional, "linear_cross_entropy"), reason="needs a torch with linear_cross_entropy (2.13)"
+)
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms) -> Tensor:
@@ -97,7 +103,9 @@ def test_in_bf16_gradients_are_scaled_by_one_in_all_targets_and_not_by_what_bf16
     assert all(abs(float(scaled / plain - 1)) < 3e-4 for plain, scaled in zip(*sums, strict=True))
 
 
-@pytest.mark.parametrize("function", [linear_loss_sum, torch_loss_sum], ids=["chunked", "torch"])
+@pytest.mark.parametrize(
+    "function", [linear_loss_sum, pytest.param(torch_loss_sum, marks=needs_torchs)], ids=["chunked", "torch"]
+)
 def test_a_shard_without_targets_adds_zero_and_no_gradient(function: LinearLoss) -> None:
     hidden, weight, bias, labels = case()
     loss, found = gradients(function, (hidden, weight, bias, torch.full_like(labels, IGNORE)), torch.float32, Terms())
@@ -115,6 +123,7 @@ def test_masked_rows_count_neither_in_the_loss_nor_in_any_gradient() -> None:
     assert (found[0][~counted] == 0).all() and torch.allclose(found[0][counted], rest[0])
 
 
+@needs_torchs
 def test_torchs_own_is_right_in_bf16_as_it_is_summed_here() -> None:
     tensors = case(rows=2048, rounded=torch.bfloat16)
     loss, _ = gradients(torch_loss_sum, tensors, torch.bfloat16, Terms(chunk_rows=16))
@@ -195,7 +204,7 @@ def model_step(model: Any, cfg: LossConfig, autocast: bool = False) -> tuple[Ten
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", [LossKind.chunked, LossKind.torch])
+@pytest.mark.parametrize("kind", [LossKind.chunked, pytest.param(LossKind.torch, marks=needs_torchs)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_a_model_has_the_same_loss_and_gradients_either_way(kind: LossKind, tied: bool, autocast: bool) -> None:
@@ -243,6 +252,22 @@ def test_a_model_that_changes_its_logits_is_refused() -> None:
 def test_a_model_without_a_linear_head_is_refused() -> None:
     with pytest.raises(UserError, match="has no linear head"):
         HeadLoss(nn.Linear(2, 2), LossConfig())
+
+
+def test_a_head_with_a_bias_is_refused_where_cut_cross_entropy_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "takes_a_bias", lambda: False)
+    model = causal_model()
+    HeadLoss(model, LossConfig(kind=LossKind.cce))
+    model.lm_head = nn.Linear(32, 96, bias=True)
+    with pytest.raises(UserError, match=r"loss=cce: the head of LlamaForCausalLM has a bias.*Use loss=chunked"):
+        HeadLoss(model, LossConfig(kind=LossKind.cce))
+
+
+def test_a_torch_without_the_loss_is_told_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check.torch_has_the_loss() == hasattr(nn.functional, "linear_cross_entropy")
+    monkeypatch.setattr(check, "torch_has_the_loss", lambda: False)
+    with pytest.raises(UserError, match=r"loss=torch: torch .* has no linear_cross_entropy yet; use loss=chunked"):
+        load(["loss=torch"])
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def test_kinds_sum_to_the_allocators_peak_of_each_phase(monkeypatch: pytest.Monk
 
 @pytest.mark.gpu
 def test_the_counter_explains_the_allocators_peak() -> None:
-    """What the counter misses is rounding to 512 bytes and libraries' scratch memory: under 2 % of a warm step."""
+    """What the counter misses is the scratch memory that cuBLAS takes for good (64 MiB on a Hopper GPU), and beyond it
+    rounding to 512 bytes and kernels' own temporaries: under 2 % of a warm step."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=4096)).to(CUDA)
@@ -89,6 +90,8 @@ def test_the_counter_explains_the_allocators_peak() -> None:
         optimizer.zero_grad()
 
     step()  # libraries take their scratch memory for good
+    lasting = torch.cuda.memory_allocated(CUDA) - sum(meter.held().values()) - tokens.nbytes
+    assert 0 <= lasting <= 80 * 2**20
     torch.cuda.reset_peak_memory_stats(CUDA)
     step()
     uncounted = torch.cuda.max_memory_allocated(CUDA)
@@ -97,7 +100,7 @@ def test_the_counter_explains_the_allocators_peak() -> None:
     peak = timeline.peak
     assert sum(peak.by_kind.values()) == peak.total
     assert abs(peak.total - uncounted) <= 0.01 * uncounted, "counting must not change what is allocated"
-    assert 0 <= peak.unaccounted <= 0.02 * peak.total
+    assert 0 <= peak.unaccounted - lasting <= 0.02 * peak.total
     assert peak.requested is not None and peak.requested <= peak.total
     weights = sum(p.numel() for p in model.parameters()) * 4
     assert peak.by_kind["states"] == 2 * weights + 4 * len(list(model.parameters()))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 from trainer.loss.chunked import Terms, linear_loss_sum
 from trainer.loss.config import LossConfig, LossKind
-from trainer.loss.libraries import cce_loss_sum, liger_loss_sum, torch_loss_sum
+from trainer.loss.libraries import cce_loss_sum, liger_loss_sum, takes_a_bias, torch_loss_sum
 from trainer.loss.plain import token_loss_sum
 
 LINEAR_LOSSES = {
@@ -65,6 +65,11 @@ class HeadLoss:
             raise UserError(
                 f"loss={self._kind.value}: {type(model).__name__} has no linear head to take rows through in pieces "
                 f"({type(head).__name__}). Use loss=plain."
+            )
+        if self._kind is LossKind.cce and head.bias is not None and not takes_a_bias():
+            raise UserError(
+                f"loss=cce: the head of {type(model).__name__} has a bias, which this version of cut-cross-entropy "
+                "does not compute. Use loss=chunked."
             )
         inner, function = head.forward, LINEAR_LOSSES[self._kind]
 

@@ -1,5 +1,6 @@
 """The same loss by others: torch's linear_cross_entropy, Cut Cross Entropy, Liger. Each is imported when it is used."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,15 +40,28 @@ def as_computed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
 
 def cce_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms) -> Tensor:
-    """Cut Cross Entropy (Wijmans et al. 2024, arXiv:2411.09009), in the variant that drops no small gradients."""
+    """Cut Cross Entropy (Wijmans et al. 2024, arXiv:2411.09009), in a variant that drops no small gradients.
+
+    The package's 25.1.1, PyPI's, has one such variant and takes no bias (`takes_a_bias`); later ones sum the head's
+    gradient compensated.
+    """
     from cut_cross_entropy import linear_cross_entropy
 
     hidden, weight, bias = as_computed(hidden, weight, bias)
-    how = "cce_kahan_full_c" if hidden.is_cuda else "torch_compile"
-    losses: Tensor = linear_cross_entropy(
-        hidden, weight, labels, bias=bias, ignore_index=IGNORE, reduction="none", impl=how
-    )
+    options: dict[str, Any] = {"impl": "torch_compile"}
+    if hidden.is_cuda:
+        options = {"impl": "cce_kahan_full_c"} if takes_a_bias() else {"impl": "cce", "filter_eps": None}
+    if bias is not None:
+        options["bias"] = bias
+    losses: Tensor = linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="none", **options)
     return losses.float().sum()
+
+
+def takes_a_bias() -> bool:
+    """Whether the package cut-cross-entropy that is installed computes heads with a bias."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return "bias" in inspect.signature(linear_cross_entropy).parameters
 
 
 def liger_loss_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms) -> Tensor:
