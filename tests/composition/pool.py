@@ -1,11 +1,14 @@
 """Processes that stay: one process group for many combinations, begun anew after a crash or a hang."""
 
+import gc
 import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch.distributed as dist
 
 from tests.composition.case import Job, Report, run_job
 from tests.ranks import enter, fork_server, free_port
@@ -25,8 +28,27 @@ def work(environment: dict[str, str], rank: int, count: int, port: int, jobs: Co
 
     files.os.fsync = lambda fd: None  # type: ignore[assignment]  # no power cut is tried here, and disks are slow
     with connected(ParallelConfig(timeout=SECONDS), "cpu", 1) as world, suppress(EOFError):  # the other end is gone
+        kept = groups()
         while True:
-            jobs.send(run_job(jobs.recv(), world))
+            report = run_job(jobs.recv(), world)
+            forget_groups(kept)
+            jobs.send(report)
+
+
+def groups() -> list[dist.ProcessGroup]:
+    """The process groups there are, in the order they were made."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def forget_groups(kept: Sequence[dist.ProcessGroup]) -> None:
+    """End the groups that a combination made (meshes, rings, writers of checkpoints), as the end of its run would.
+
+    Each has threads that wake a hundred times a second: those of a hundred combinations take all cores there are.
+    """
+    gc.collect()  # a model lies in cycles with its hooks, and holds its mesh
+    for group in groups():
+        if group not in kept:
+            dist.destroy_process_group(group)
 
 
 class Pool:
