@@ -94,13 +94,13 @@ class AdafactorRule(Rule):
         together(
             Job(
                 item.layout,
-                self.stepping(item, group, lr=lr, weight_decay=weight_decay),
+                self._stepping(item, group, lr=lr, weight_decay=weight_decay),
                 2 * math.prod(item.layout.shape),
             )
             for item in items
         )
 
-    def stepping(self, item: Stepped, group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> Sums:
+    def _stepping(self, item: Stepped, group: Group, *, lr: float, weight_decay: float) -> Sums:
         state, p, layout = item.state, item.param, item.layout
         state["step"] += 1
         wide = state_dtype(p.dtype)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from optim.base import Group, State
-from optim.library import SMALLEST, LibraryOptimizer, borrowed_step_, is_pretended
+from optim.base import Group, State, is_pretended
+from optim.library import SMALLEST, LibraryOptimizer, borrowed_step_
 
 KINDS = {"AdamW8bit": (8, 256), "AdamW4bit": (4, 128), "AdamWFp8": (8, 256)}
 """Their classes, with bits and block."""

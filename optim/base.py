@@ -29,14 +29,17 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def is_pretended(tensor: Tensor) -> bool:
+    """Whether a tensor, fake or on the meta device, has no values: a step with it is a prediction."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
 def read(scalar: Tensor, usual: float) -> float:
     """Read a scalar from its device; waits for the device.
 
-    A fake or meta tensor has no value: there the `usual` one is taken, so that a step can be predicted.
+    A pretended tensor has no value: there the `usual` one is taken, so that a step can be predicted.
     """
-    if isinstance(scalar, FakeTensor) or scalar.is_meta:
-        return usual
-    return float(scalar)
+    return usual if is_pretended(scalar) else float(scalar)
 
 
 class MemoryOptimizer(torch.optim.Optimizer):

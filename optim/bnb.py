@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.base import Group, State
-from optim.library import SMALLEST, LibraryOptimizer, borrowed_step_, is_pretended
+from optim.base import Group, State, is_pretended
+from optim.library import SMALLEST, LibraryOptimizer, borrowed_step_
 
 BLOCK = 256
 KINDS = {"AdamW8bit": 2, "PagedAdamW8bit": 2, "PagedAdamW": 2, "Lion8bit": 1, "PagedLion8bit": 1}

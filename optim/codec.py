@@ -256,6 +256,11 @@ CODECS: dict[str, Codec] = {
 
 def codec_for(name: str, shape: Sequence[int]) -> Codec:
     """The codec of a state of this global shape: `name`'s, or fp32 where that would save little."""
+    return _codec_for(name, tuple(shape))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _codec_for(name: str, shape: tuple[int, ...]) -> Codec:
     codec = CODECS[name]
     if not isinstance(codec, Blocks):
         return codec

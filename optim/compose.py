@@ -8,26 +8,43 @@ A group without a `rank`, and every tensor that is not a matrix, takes the rule 
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from optim.base import Group, MemoryOptimizer, State, read, state_dtype
+from optim.base import Group, MemoryOptimizer, State, is_pretended, state_dtype
 from optim.codec import CODECS
 from optim.int8 import rounder
-from optim.lift import LIFTS
+from optim.lift import LIFTS, Projected
 from optim.options import COMPAT, DEFAULTS, ROUNDING, SUBSPACE_DEFAULTS, check_subspace, require_known
 from optim.rounding import Store
 from optim.rules import AdamRule, Rule, Stepped
-from optim.sharded import Job, LocalState, Sums, sum_parts, together
+from optim.sharded import LocalState, sum_parts
 from optim.subspace import Subspace
 from parallel.dtensor import Layout, local
 
 log = logging.getLogger(__name__)
+
+HELD = {False: 2**19, True: 2**25}
+"""Values of projected gradients and steps that are held at a time: off CUDA, where a cache holds them, and on it
+(128 MiB in fp32), where each kernel has to be launched."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is the same in every step of a parameter, found once."""
+
+    name: str
+    layout: Layout
+    subspace: Subspace | None
+    """None where it is not projected."""
+    group: Group
+    shard_group: dist.ProcessGroup | None
 
 
 class ComposedOptimizer(MemoryOptimizer):
@@ -52,7 +69,12 @@ class ComposedOptimizer(MemoryOptimizer):
         unknown = [key for key in options if key not in known]
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {unknown[0]}; it has {', '.join(known)}")
+        self._known: dict[Tensor, Known] = {}
         super().__init__(params, known | defaults | options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known = {}  # of groups that are no more
 
     @classmethod
     def lift_of(cls, group: Group) -> str:
@@ -94,39 +116,54 @@ class ComposedOptimizer(MemoryOptimizer):
         return state
 
     def update(self, params: list[Tensor], group: Group) -> None:
-        named = []
-        for p, name in self._named(params, group):
-            if p in self.reduced:
-                item = self._stepped(p, self.reduced.pop(p), name, group)
-                together([Job(item.layout, self._step_reduced(item, group), item.grad.numel())])
-                continue
-            assert p.grad is not None, "update() is given parameters with gradients"
-            named.append((self._stepped(p, p.grad, name, group), name))
-        named = self._without_non_finite(named)
-        plain = [item for item, _ in named if not _projected(item.layout.shape, group)]
-        projected = [(item, name) for item, name in named if _projected(item.layout.shape, group)]
+        reduced = [p for p in params if p in self.reduced]
+        named = self._without_non_finite([self._stepped(p, group) for p in params if p not in self.reduced])
+        plain = [item for item, known in named if known.subspace is None]
         if plain:
             self.rule.step_(plain, group, lr=group["lr"], weight_decay=group["weight_decay"])
-        stepped = together(
-            Job(item.layout, self.step_matrix(item, name, group), 2 * group["rank"] * max(item.layout.shape))
-            for item, name in projected
-        )
-        for (_, name), done in zip(projected, stepped, strict=True):
-            if not done:
-                self._skip(name)
+        for batch in _batches([self._stepped(p, group, self.reduced.pop(p)) for p in reduced]):
+            self.step_matrices(batch, group, reduced=True)
+        for batch in _batches([(item, known) for item, known in named if known.subspace is not None]):
+            self.step_matrices(batch, group)
 
-    def step_matrix(self, item: Stepped, name: str, group: Group) -> Sums:
-        """Step one projected matrix. Returns False, with nothing written, if its gradient is not finite."""
-        state, subspace = item.state, Subspace(item.layout.shape, group, item.layout)
-        low = self._refresh(item.grad, state, subspace, name) if subspace.due(state) else None
-        basis = subspace.basis(state, state_dtype(item.param.dtype), name)
-        if low is None:
-            low = subspace.project(item.grad, basis)
-        # One non-finite element of G makes at least one of R non-finite (0 times inf is NaN), and R is smaller.
-        if self.check_finite and item.layout.whole and not read(torch.isfinite(low.sum()), usual=1.0):
-            return False
-        yield from LIFTS[self.lift_of(group)].step_(item, self.rule, low, basis, subspace, group)
-        return True
+    def step_matrices(self, batch: list[tuple[Stepped, Known]], group: Group, *, reduced: bool = False) -> None:
+        """Step projected matrices of one device and dtype; those whose gradient is not finite are left as they are.
+
+        Args:
+            reduced: the items have R, which a linear way back takes, for their gradient.
+        """
+        found = [self._project(item, known, reduced) for item, known in batch]
+        if self.check_finite and not reduced:
+            found = self._finite(found, [known for _, known in batch])
+        if found:
+            LIFTS[self.lift_of(group)].step_(found, self.rule, group)
+
+    def _project(self, item: Stepped, known: Known, reduced: bool) -> Projected:
+        state, subspace = item.state, known.subspace
+        assert subspace is not None
+        low = None
+        if reduced:
+            low = item.grad
+        elif subspace.due(state):
+            low = self._refresh(item.grad, state, subspace, known.name)
+        basis = subspace.basis(state, state_dtype(item.param.dtype), known.name)
+        return Projected(item, subspace, basis, subspace.project(item.grad, basis) if low is None else low)
+
+    def _finite(self, found: list[Projected], known: list[Known]) -> list[Projected]:
+        """Leave out matrices whose gradient is not finite: one read from the device for all.
+
+        One non-finite element of G makes at least one of R non-finite (0 times inf is NaN), and R is smaller.
+        """
+        whole = [each for each in found if each.item.layout.whole]
+        if not whole:
+            return found
+        finite = torch.stack([each.low.sum() for each in whole]).isfinite()
+        sound = [True] * len(whole) if is_pretended(finite) else finite.tolist()
+        bad = {id(each) for each, good in zip(whole, sound, strict=True) if not good}
+        for each, own in zip(found, known, strict=True):
+            if id(each) in bad:
+                self._skip(own.name)
+        return [each for each in found if id(each) not in bad]
 
     def reduced_bytes(self, p: Tensor, group: Group) -> int | None:
         """Bytes of R, where the step is a step on R alone."""
@@ -148,22 +185,30 @@ class ComposedOptimizer(MemoryOptimizer):
         p.grad = None
         self.reduced[p] = self.reduced[p].add_(low) if p in self.reduced else low
 
-    def _step_reduced(self, item: Stepped, group: Group) -> Sums:
-        """Step by R, which a linear way back takes instead of the gradient."""
-        subspace = Subspace(item.layout.shape, group, item.layout)
-        basis = subspace.basis(item.state, state_dtype(item.param.dtype))
-        yield from LIFTS[self.lift_of(group)].step_(item, self.rule, item.grad, basis, subspace, group)
+    def _stepped(self, p: Tensor, group: Group, grad: Tensor | None = None) -> tuple[Stepped, Known]:
+        """What a step takes of a parameter; its own gradient where none is given."""
+        known = self._known_of(p, group)
+        grad = p.grad if grad is None else grad
+        assert grad is not None, "update() is given parameters with gradients"
+        state = LocalState(self.state[p]) if isinstance(p, DTensor) else self.state[p]
+        store = self._store(p, known, group)
+        return Stepped(local(p), local(grad), state, store, known.layout), known
 
-    def _stepped(self, p: Tensor, grad: Tensor, name: str, group: Group) -> Stepped:
-        store = self._store(p, name, group)
-        if not isinstance(p, DTensor):
-            return Stepped(p, grad, self.state[p], store)
-        return Stepped(local(p), local(grad), LocalState(self.state[p]), store, self._layout(p))
+    def _known_of(self, p: Tensor, group: Group) -> Known:
+        found = self._known.get(p)
+        if found is None or found.group is not group or found.shard_group is not self.shard_group:
+            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+            for each, name in zip(group["params"], names, strict=True):
+                layout = self._layout(each)
+                subspace = Subspace(layout.shape, group, layout) if _projected(layout.shape, group) else None
+                self._known[each] = Known(name, layout, subspace, group, self.shard_group)
+            found = self._known[p]
+        return found
 
     def _layout(self, p: Tensor) -> Layout:
         return Layout.of(p, self.shard_group)
 
-    def _without_non_finite(self, named: list[tuple[Stepped, str]]) -> list[tuple[Stepped, str]]:
+    def _without_non_finite(self, named: list[tuple[Stepped, Known]]) -> list[tuple[Stepped, Known]]:
         """Leave out sharded parameters whose gradient is not finite on some rank, agreed by one sum of each group."""
         shared = [item for item, _ in named if not item.layout.whole]
         if not (self.check_finite and shared):
@@ -171,12 +216,12 @@ class ComposedOptimizer(MemoryOptimizer):
         flags = [item.grad.sum(dtype=state_dtype(item.grad.dtype)).isfinite().logical_not_().float() for item in shared]
         totals = sum_parts([(item.layout, flag) for item, flag in zip(shared, flags, strict=True)])
         unsound = torch.stack(totals)
-        found = [] if isinstance(unsound, FakeTensor) or unsound.is_meta else unsound.tolist()
+        found = [] if is_pretended(unsound) else unsound.tolist()
         bad = {id(item) for item, flag in zip(shared, found, strict=False) if flag}
-        for item, name in named:
+        for item, known in named:
             if id(item) in bad:
-                self._skip(name)
-        return [(item, name) for item, name in named if id(item) not in bad]
+                self._skip(known.name)
+        return [(item, known) for item, known in named if id(item) not in bad]
 
     def _skip(self, name: str) -> None:
         self.skipped += 1
@@ -185,18 +230,15 @@ class ComposedOptimizer(MemoryOptimizer):
     def _refresh(self, grad: Tensor, state: State, subspace: Subspace, name: str) -> Tensor | None:
         return subspace.refresh(grad, state, self.rule.moments, name)
 
-    def _named(self, params: list[Tensor], group: Group) -> list[tuple[Tensor, str]]:
-        names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-        known = {id(p): name for p, name in zip(group["params"], names, strict=True)}
-        return [(p, known[id(p)]) for p in params]
-
-    def _store(self, p: Tensor, name: str, group: Group) -> Store:
-        layout, where = self._layout(p), {}
+    def _store(self, p: Tensor, known: Known, group: Group) -> Store:
+        if group["rounding"] == "nearest":
+            return Tensor.copy_
+        layout, where = known.layout, {}
         if layout.dim is not None:
             first, inner = layout.mine.start, math.prod(layout.shape[layout.dim + 1 :])
             cut = {"column": first * inner, "pitch": layout.shape[layout.dim] * inner}
             where = {"row": first} if layout.dim == 0 else cut
-        return rounder(local(p), name, self.state[p]["step"], group["rounding"], **where)
+        return rounder(local(p), known.name, self.state[p]["step"], group["rounding"], **where)
 
     def _warn_of_cut_ranks(self, group: Group) -> None:
         cut = [p for p in group["params"] if p.dim() == 2 and min(p.shape) < group["rank"]]
@@ -219,6 +261,26 @@ class ComposedOptimizer(MemoryOptimizer):
         subspace = Subspace(shape, group)
         growth = state_dtype(dtype).itemsize if LIFTS[cls.lift_of(group)].limited else 0
         return cls.rule.state_bytes(subspace.low_shape, group, dtype) + subspace.state_bytes(dtype) + growth
+
+
+def _batches(named: list[tuple[Stepped, Known]]) -> Iterator[list[tuple[Stepped, Known]]]:
+    """Matrices of one device and dtype whose projected gradients fit into HELD, together: fewer and larger kernels.
+
+    The same on all ranks, which sum for a batch at once.
+    """
+    batch: list[tuple[Stepped, Known]] = []
+    held, kind = 0, None
+    for item, known in named:
+        assert known.subspace is not None
+        values = 2 * math.prod(known.subspace.low_shape) // known.layout.count
+        own = item.param.device, state_dtype(item.param.dtype)
+        if batch and (own != kind or held + values > HELD[item.param.device.type == "cuda"]):
+            yield batch
+            batch, held = [], 0
+        batch.append((item, known))
+        held, kind = held + values, own
+    if batch:
+        yield batch
 
 
 def _projected(shape: Sequence[int], group: Group) -> bool:

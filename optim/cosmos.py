@@ -30,10 +30,10 @@ from torch import Tensor
 
 from optim.base import Group, State, read, state_dtype
 from optim.codec import PLAIN, codec_for
-from optim.compose import ComposedOptimizer
+from optim.compose import ComposedOptimizer, Known
 from optim.projection import gram_basis
 from optim.rules import Stepped
-from optim.sharded import Sums, new_tensors
+from optim.sharded import new_tensors
 from parallel.dtensor import WHOLE, Layout, local
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -145,11 +145,17 @@ class COSMOS(ComposedOptimizer):
         coded = sum(codec_for(group["states"], place).nbytes(place, wide) for place in places)
         return coded + sum(math.prod(s) for s in _exact(shape, group).values()) * wide.itemsize
 
-    def step_matrix(self, item: Stepped, name: str, group: Group) -> Sums:
+    def step_matrices(self, batch: list[tuple[Stepped, Known]], group: Group, *, reduced: bool = False) -> None:
+        # One by one: what a step holds, and the sums over ranks, are too large to be put together.
+        for item, known in batch:
+            finite = torch.isfinite(item.grad.sum(dtype=state_dtype(item.param.dtype)))
+            if self.check_finite and item.layout.whole and not read(finite, usual=1.0):
+                self._skip(known.name)
+            else:
+                self._step_matrix(item, group)
+
+    def _step_matrix(self, item: Stepped, group: Group) -> None:
         state, p, wide, layout = item.state, item.param, state_dtype(item.param.dtype), item.layout
-        if self.check_finite and layout.whole and not read(torch.isfinite(item.grad.sum(dtype=wide)), usual=1.0):
-            return False
-        yield from ()  # its sums are too large to wait for those of others
         state["step"] += 1
         places = _coded(layout, group)
         codecs = {key: codec_for(group["states"], place.shape) for key, place in places.items()}
@@ -177,7 +183,6 @@ class COSMOS(ComposedOptimizer):
         stepped.sub_(direction, alpha=group["lr"] * group["lr_ratio"])
         if stepped is not p:
             item.store(p, stepped)
-        return True
 
 
 def _coded(layout: Layout, group: Group) -> dict[str, Layout]:

@@ -42,7 +42,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from optim.base import MemoryOptimizer, read, state_dtype
+from optim.base import MemoryOptimizer, is_pretended, read, state_dtype
 from parallel.collectives import from_leader
 from parallel.dtensor import Layout, local
 from parallel.launch import World
@@ -307,10 +307,3 @@ class InBackward:
         order = from_leader(self._world, [*came, *places.values()])
         parameters = list(self._group_of)
         self._order, self._ordered = [parameters[index] for index in order], True
-
-
-def is_pretended(values: Tensor) -> bool:
-    """Whether a tensor is fake, and has no value to wait for."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(values, FakeTensor)

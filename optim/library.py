@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from optim.base import Group, MemoryOptimizer, State
@@ -101,8 +100,3 @@ def borrowed_step_(worker: torch.optim.Optimizer, p: Tensor, lent: State, option
     finally:
         worker.state.clear()
         worker.param_groups = []
-
-
-def is_pretended(p: Tensor) -> bool:
-    """Whether `p` has no values: a step of it is a prediction."""
-    return isinstance(p, FakeTensor) or p.is_meta

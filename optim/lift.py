@@ -20,16 +20,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.base import CHUNK, Group
+from optim.base import CHUNK, Group, state_dtype
 from optim.projection import Side, add_back_
 from optim.rules import Rule, Stepped, row_chunks
-from optim.sharded import Sums
+from optim.sharded import sum_parts
 from optim.subspace import Subspace
 
 GROWTH = 1.01
 """Largest ratio between the norms of two updates in a row (gamma; Fira, section 4.2)."""
 SAFE = 1e-8
 """Added to norms that divide, as the authors' packages do."""
+
+
+@dataclass
+class Projected:
+    """A matrix in the midst of its step: R and the basis, as this rank has and needs them; see `Subspace`."""
+
+    item: Stepped
+    subspace: Subspace
+    basis: Tensor
+    low: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,16 +50,15 @@ class Lift:
     limited: bool = False
     linear: bool = True
 
-    def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, subspace: Subspace, group: Group) -> Sums:
-        """Step one matrix in place, given R and the basis as this rank has and needs them; see `Subspace`."""
+    def step_(self, batch: list[Projected], rule: Rule, group: Group) -> None:
+        """Step matrices of one device and dtype in place."""
         lr, decay, authors = _rates(group)
-        delta = torch.zeros_like(low)  # stands in for the weight, so that the rule leaves -lr N in it
-        substitute = Stepped(delta, low, item.state, layout=subspace.low)
-        yield from rule.stepping(substitute, group, lr=lr, weight_decay=0.0)
         alpha = group["scale"] * (decay if authors else 1.0)
-        add_back_(
-            item.param, subspace.spread(delta), basis, subspace.side, beta=decay, alpha=alpha, store=item.store
-        )  # fmt: skip
+        for each, step in zip(batch, steps_of(batch, rule, group, lr=lr), strict=True):
+            add_back_(
+                each.item.param, each.subspace.spread(step), each.basis, each.subspace.side,
+                beta=decay, alpha=alpha, store=each.item.store,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,39 +68,64 @@ class Scaled(Lift):
     limited: bool = True
     linear: bool = False
 
-    def step_(self, item: Stepped, rule: Rule, low: Tensor, basis: Tensor, subspace: Subspace, group: Group) -> Sums:
+    def step_(self, batch: list[Projected], rule: Rule, group: Group) -> None:
         lr, decay, authors = _rates(group)
-        state, side = item.state, subspace.side
-        normed = torch.zeros_like(low)
-        substitute = Stepped(normed, low, state, layout=subspace.low)
         corrected = group.get("q_compat", False)  # as the authors' Q-APOLLO: the limiter sees Adam's correction too
-        yield from rule.stepping(substitute, group, lr=-1.0, weight_decay=0.0, raw=not corrected)
+        normed = steps_of(batch, rule, group, lr=-1.0, raw=not corrected)
         inside = group["scale"] if self.residual else 0.0
-        if item.layout.whole or (self.per_channel and not subspace.cut):
-            factor = scaling(normed, low, side, per_channel=self.per_channel)
-            square = yield scaled_square(factor, channel_energy(item.grad, side, low.dtype), low, side, inside=inside)
-        else:
-            energies = yield torch.stack([
-                _energy(normed, subspace, per_channel=self.per_channel),
-                _energy(low, subspace, per_channel=self.per_channel),
-                _of_matrix(channel_energy(item.grad, side, low.dtype), per_channel=self.per_channel),
-            ])  # fmt: skip
-            over, under, energy = energies
-            factor = over.sqrt() / (under.sqrt() + SAFE)
-            square = (factor.square() * (energy - (2 * inside - inside**2) * under).clamp_(min=0.0)).sum()
-        if not self.residual:
-            del normed, low
-        factor = limit_growth_(factor, square.sqrt_(), state["growth"])
-        # Everything the weight takes is -lr a times something; the authors decay afterwards what we decay before.
-        bias = 1.0 if corrected else rule.bias(state["step"], group)
-        alpha = -lr * bias * (decay if authors else 1.0)
-        if self.residual:
-            inner = factor[subspace.low.mine] if subspace.cut and side == "right" else factor
-            back: Tensor | None = subspace.spread((normed - low * inner).mul_(alpha * inside))
-            factor = factor * alpha
-        else:
-            back, factor = None, factor * (alpha * math.sqrt(group["scale"]))
-        scaled_add_(item, factor, back, basis, side, beta=decay)
+        factors, sizes = self._scales(batch, normed, inside)
+        limit_growth_(factors, sizes, [each.item.state["growth"] for each in batch])
+        for each, step, factor in zip(batch, normed, factors, strict=True):
+            # Everything the weight takes is -lr a times something; the authors decay afterwards what we decay before.
+            bias = 1.0 if corrected else rule.bias(each.item.state["step"], group)
+            alpha = -lr * bias * (decay if authors else 1.0)
+            subspace, back = each.subspace, None
+            if self.residual:
+                inner = factor[subspace.low.mine] if subspace.cut and subspace.side == "right" else factor
+                back = subspace.spread(step.addcmul_(each.low, inner, value=-1.0).mul_(alpha * inside))
+            else:
+                alpha *= math.sqrt(group["scale"])
+            scaled_add_(each.item, factor.mul_(alpha), back, each.basis, subspace.side, beta=decay)
+
+    def _scales(self, batch: list[Projected], normed: list[Tensor], inside: float) -> tuple[list[Tensor], Tensor]:
+        """s of each matrix, shaped to multiply its gradient, and the norms |(G - inside back(R)) s|, (matrices,)."""
+        over, under, whole = (
+            [norms(x, each.subspace.side, per_channel=self.per_channel) for each, x in zip(batch, values, strict=True)]
+            for values in (normed, [each.low for each in batch], [each.item.grad for each in batch])
+        )
+        partial = [i for i, each in enumerate(batch) if self._is_partial(each)]
+        if partial:
+            parts = [torch.stack([*self._placed(batch[i], over[i], under[i]), whole[i]]).square_() for i in partial]
+            totals = sum_parts([(batch[i].item.layout, part) for i, part in zip(partial, parts, strict=True)])
+            for i, total in zip(partial, totals, strict=True):
+                over[i], under[i], whole[i] = total.sqrt_().unbind()
+        factors = list(torch._foreach_div(over, torch._foreach_add(under, SAFE)))
+        if inside:
+            squares = torch._foreach_mul(whole, whole)
+            torch._foreach_addcmul_(squares, under, under, value=inside**2 - 2 * inside)
+            torch._foreach_clamp_min_(squares, 0.0)
+            whole = list(torch._foreach_sqrt(squares))
+        sizes = list(torch._foreach_norm(torch._foreach_mul(factors, whole)))
+        # Ranks with channels of their own have parts of the norm.
+        own = [i for i, each in enumerate(batch) if not each.item.layout.whole and i not in partial]
+        if own:
+            totals = sum_parts([(batch[i].item.layout, sizes[i].square()) for i in own])
+            for i, total in zip(own, totals, strict=True):
+                sizes[i] = total.sqrt()
+        return factors, torch.stack(sizes)
+
+    def _placed(self, each: Projected, *channels: Tensor) -> list[Tensor]:
+        """Norms of N and R for all channels, with zeros for those of other ranks."""
+        if not self.per_channel or each.subspace.side == "left":
+            return list(channels)
+        found = [x.new_zeros((each.subspace.shape[0], 1)) for x in channels]
+        for every, mine in zip(found, channels, strict=True):
+            every[each.subspace.low.mine] = mine
+        return found
+
+    def _is_partial(self, each: Projected) -> bool:
+        """Whether the norms that s is made of are sums over ranks."""
+        return not each.item.layout.whole and (each.subspace.cut or not self.per_channel)
 
 
 LIFTS: dict[str, Lift] = {
@@ -102,56 +136,47 @@ LIFTS: dict[str, Lift] = {
 }
 
 
-def scaling(normed: Tensor, low: Tensor, side: Side, *, per_channel: bool) -> Tensor:
-    """s = |N| / |R|, shaped to multiply a gradient: (m, 1) for a right projection, (1, n) for a left, or (1, 1)."""
-    axes = (0 if side == "left" else 1) if per_channel else (0, 1)
-    over, under = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (normed, low))
-    found: Tensor = over / (under + SAFE)
-    return found
+def steps_of(batch: list[Projected], rule: Rule, group: Group, *, lr: float, raw: bool = False) -> list[Tensor]:
+    """What the rule takes from weights of zero: -lr N for each R."""
+    sizes = [each.low.numel() for each in batch]
+    zeros = torch.split(batch[0].low.new_zeros(sum(sizes)), sizes)  # stand in for the weights
+    steps = [zero.view(each.low.shape) for zero, each in zip(zeros, batch, strict=True)]
+    items = [
+        Stepped(step, each.low, each.item.state, layout=each.subspace.low)
+        for step, each in zip(steps, batch, strict=True)
+    ]
+    rule.step_(items, group, lr=lr, weight_decay=0.0, raw=raw)
+    return steps
 
 
-def scaled_square(factor: Tensor, energy: Tensor, low: Tensor, side: Side, *, inside: float) -> Tensor:
-    """|(G - inside back(R)) s|^2 from the `energy` of G's channels; for an orthonormal basis if `inside` is not 0."""
-    if inside:
-        energy = energy - (2 * inside - inside**2) * low.square().sum(0 if side == "left" else 1, keepdim=True)
-    return (factor.square() * energy.clamp_(min=0.0)).sum()
+def norms(x: Tensor, side: Side, *, per_channel: bool) -> Tensor:
+    """Norm of each channel of G, R or N, (m, 1) for a right projection and (1, n) for a left one, or of all, (1, 1).
 
-
-def _energy(low: Tensor, subspace: Subspace, *, per_channel: bool) -> Tensor:
-    """This rank's part of the energy of each channel of R or N, or of all of it, shaped to add up over the ranks."""
+    In fp32 at least.
+    """
+    wide = state_dtype(x.dtype)
     if not per_channel:
-        return _of_matrix(low.square().sum(), per_channel=False)
-    if subspace.side == "left":
-        return low.square().sum(0, keepdim=True)
-    channels = low.new_zeros((subspace.shape[0], 1))
-    channels[subspace.low.mine] = low.square().sum(1, keepdim=True)
-    return channels
+        total: Tensor = torch.linalg.vector_norm(x, dtype=wide)
+        return total.view(1, 1)
+    if side == "right" or x.is_cuda:
+        found: Tensor = torch.linalg.vector_norm(x, dim=1 if side == "right" else 0, keepdim=True, dtype=wide)
+        return found
+    # On a CPU torch's norm over the first axis takes 10 times as long as this.
+    squares = x.new_zeros((1, x.shape[1]), dtype=wide)
+    for rows in row_chunks(x, CHUNK):
+        squares += x[rows].to(wide).square().sum(0, keepdim=True)
+    return squares.sqrt_()
 
 
-def _of_matrix(channels: Tensor, *, per_channel: bool) -> Tensor:
-    return channels if per_channel else channels.sum().view(1, 1)
-
-
-def channel_energy(grad: Tensor, side: Side, dtype: torch.dtype) -> Tensor:
-    """Sum of squares of each channel: (m, 1) for a right projection, (1, n) for a left one."""
-    if side == "right":
-        norms: Tensor = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=dtype)
-        return norms.square_()
-    # torch's norm over the first axis takes 10 times as long as this.
-    total = grad.new_zeros((1, grad.shape[1]), dtype=dtype)
-    for rows in row_chunks(grad, CHUNK):
-        total += grad[rows].to(dtype).square().sum(0, keepdim=True)
-    return total
-
-
-def limit_growth_(factor: Tensor, size: Tensor, growth: Tensor) -> Tensor:
-    """Shrink s so that the update's norm exceeds the last by no more than GROWTH; remember the norm in `growth`.
+def limit_growth_(factors: list[Tensor], sizes: Tensor, growths: list[Tensor]) -> None:
+    """Shrink each s so that its update's norm exceeds the last by no more than GROWTH; remember the norm in `growths`.
 
     No last norm, at the first step or after an update of zero, is no limit.
     """
-    limit = torch.where(growth > 0, (size / (growth + SAFE)).clamp(min=GROWTH) / GROWTH, 1.0)
-    growth.copy_(size / limit)
-    return factor / limit
+    last = torch.stack(growths)
+    limits = torch.where(last > 0, (sizes / (last + SAFE)).clamp_(min=GROWTH).div_(GROWTH), 1.0)
+    torch._foreach_copy_(growths, list((sizes / limits).unbind()))
+    torch._foreach_div_(factors, list(limits.unbind()))
 
 
 def scaled_add_(item: Stepped, factor: Tensor, back: Tensor | None, basis: Tensor, side: Side, *, beta: float) -> None:

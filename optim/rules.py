@@ -22,7 +22,7 @@ from optim.adam import adamw_update_
 from optim.base import CHUNK, Group, State, contiguous_as, state_dtype
 from optim.codec import PLAIN, codec_for, rows_of
 from optim.rounding import Store
-from optim.sharded import Sums, new_tensors
+from optim.sharded import new_tensors
 from parallel.dtensor import Layout
 
 CODED_CHUNK = 2**18
@@ -81,11 +81,6 @@ class Rule:
     def step_(self, items: list[Stepped], group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> None:
         """Step in place. `raw` leaves Adam's bias correction out; see `bias`."""
         raise NotImplementedError
-
-    def stepping(self, item: Stepped, group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> Sums:
-        """The same for one tensor within a step that is run by `together`."""
-        self.step_([item], group, lr=lr, weight_decay=weight_decay, raw=raw)
-        yield from ()
 
     def bias(self, step: int, group: Group) -> float:
         """Factor that a `raw` step lacks."""

@@ -20,7 +20,7 @@ Values a rank sends for a matrix (m, n) on D ranks, k the projected side, o the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -63,28 +63,28 @@ class Subspace:
         if self.layout.whole:
             object.__setattr__(self, "layout", Layout(tuple(self.shape)))
 
-    @property
+    @cached_property
     def cut(self) -> bool:
         """Whether the ranks have parts of the projected side."""
         return self.layout.dim == (0 if self.side == "left" else 1)
 
-    @property
+    @cached_property
     def low(self) -> Layout:
         """Of R, its moments and its step."""
         return self.layout.like(self.low_shape, 0 if self.cut else self.layout.dim)
 
-    @property
+    @cached_property
     def basis_layout(self) -> Layout:
         """Of the basis in the state. Codes have blocks along its rows."""
         if self.cut and self.codec.in_place:
             return self.layout.like(self.basis_shape, 1)
         return self.layout.like(self.basis_shape, None if self.group.get("basis_copies") else 0)
 
-    @property
+    @cached_property
     def basis_shape(self) -> tuple[int, int]:
         return basis_shape(self.shape, self.group["rank"], self.side)
 
-    @property
+    @cached_property
     def low_shape(self) -> tuple[int, int]:
         return low_shape(self.shape, self.group["rank"], self.side)
 
@@ -93,7 +93,7 @@ class Subspace:
         """Whether the basis is drawn again at each use, from the name and the number of the refresh, and not kept."""
         return self.group.get("basis") == "regenerate"
 
-    @property
+    @cached_property
     def codec(self) -> Codec:
         return BASIS[self.group.get("basis", "fp32")]
 
@@ -120,6 +120,9 @@ class Subspace:
             like = state["growth"].new_empty((), dtype=dtype)
             drawn = self.drawn(like, name, state["refreshes"] - 1)
             return drawn[:, self.layout.mine] if self.cut else drawn
+        if self.layout.whole and self.codec.in_place:
+            basis: Tensor = state["basis"]
+            return basis
         if self.basis_layout.dim == 1:
             return self.codec.read(state, "basis", slice(None), dtype, signed=True)
         whole = self.whole_basis(state, dtype)
