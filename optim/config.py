@@ -38,6 +38,7 @@ from optim.config_lowrank import (
     GaLoreAdafactorConfig,
     GaLoreConfig,
     OnRefresh,
+    Products,
     ProjType,
     Refresh,
     ScaleType,
@@ -48,8 +49,8 @@ __all__ = [
     "CONFIGS", "DEFAULT_TARGETS", "AdafactorConfig", "AdamW4bitConfig", "AdamW8bitConfig", "AdamWConfig",
     "AdamWFp8Config", "ApolloConfig", "ApolloMiniConfig", "Basis", "Compat", "CosmosConfig", "FiraConfig",
     "GaLore8bitConfig", "GaLoreAdafactorConfig", "GaLoreConfig", "LibraryConfig", "OnRefresh", "OptimConfig",
-    "ProjType", "QApolloConfig", "QApolloMiniConfig", "QGaLoreConfig", "Refresh", "Rule", "SGDConfig", "ScaleType",
-    "ScheduleConfig", "ScheduleName", "States",
+    "Products", "ProjType", "QApolloConfig", "QApolloMiniConfig", "QGaLoreConfig", "Refresh", "Rule",
+    "SGDConfig", "ScaleType", "ScheduleConfig", "ScheduleName", "States",
 ]  # fmt: skip
 
 CONFIGS: dict[str, type[OptimConfig]] = names_of(

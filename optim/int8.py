@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from optim.fused import Draws
 from optim.int8_grid import decode, encode_, groups_of
-from optim.rounding import Store, first_index, seed_of, stochastic
+from optim.rounding import Store, first_index, seed_of
 
 aten = torch.ops.aten
 
@@ -129,7 +130,7 @@ class Int8Weight(Tensor):
 
 
 def stochastic_int8(name: str, step: int, whole: Int8Weight, *, row: int = 0) -> Store:
-    """Return a rounder for one parameter in one step, as `optim.rounding.stochastic` does for bf16."""
+    """Return a rounder for one parameter in one step, as `optim.rounding.Stochastic` does for bf16."""
     seed = seed_of(name, step)
 
     def round_(target: Tensor, wide: Tensor) -> None:
@@ -146,12 +147,12 @@ def rounder(p: Tensor, name: str, step: int, rounding: str, **where: int) -> Sto
         p: the parameter, or this rank's part of it.
         name: of the parameter; with `step` it decides the draws.
         rounding: "nearest" or "stochastic".
-        where: that part begins, as `optim.rounding.stochastic` takes it; int8 weights come in rows only.
+        where: that part begins, as `optim.rounding.Stochastic` takes it; int8 weights come in rows only.
     """
     if rounding == "stochastic" and isinstance(p, Int8Weight):
         return stochastic_int8(name, step, p, **where)
     if rounding == "stochastic" and p.dtype is torch.bfloat16:
-        return stochastic(name, step, p, **where)
+        return Draws(name, step, p, **where)
     return Tensor.copy_
 
 

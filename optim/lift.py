@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optim import fused
 from optim.base import CHUNK, Group, state_dtype
+from optim.products import add_product_
 from optim.projection import Side, add_back_
 from optim.rules import Rule, Stepped, row_chunks
 from optim.sharded import sum_parts
@@ -54,10 +56,11 @@ class Lift:
         """Step matrices of one device and dtype in place."""
         lr, decay, authors = _rates(group)
         alpha = group["scale"] * (decay if authors else 1.0)
-        for each, step in zip(batch, steps_of(batch, rule, group, lr=lr), strict=True):
+        dtype = torch.bfloat16 if group["products"] == "bf16" else None  # no more is used of the step
+        for each, step in zip(batch, steps_of(batch, rule, group, lr=lr, dtype=dtype), strict=True):
             add_back_(
                 each.item.param, each.subspace.spread(step), each.basis, each.subspace.side,
-                beta=decay, alpha=alpha, store=each.item.store,
+                beta=decay, alpha=alpha, store=each.item.store, products=group["products"],
             )  # fmt: skip
 
 
@@ -85,7 +88,9 @@ class Scaled(Lift):
                 back = subspace.spread(step.addcmul_(each.low, inner, value=-1.0).mul_(alpha * inside))
             else:
                 alpha *= math.sqrt(group["scale"])
-            scaled_add_(each.item, factor.mul_(alpha), back, each.basis, subspace.side, beta=decay)
+            scaled_add_(
+                each.item, factor.mul_(alpha), back, each.basis, subspace.side, beta=decay, products=group["products"]
+            )
 
     def _scales(self, batch: list[Projected], normed: list[Tensor], inside: float) -> tuple[list[Tensor], Tensor]:
         """s of each matrix, shaped to multiply its gradient, and the norms |(G - inside back(R)) s|, (matrices,)."""
@@ -136,13 +141,21 @@ LIFTS: dict[str, Lift] = {
 }
 
 
-def steps_of(batch: list[Projected], rule: Rule, group: Group, *, lr: float, raw: bool = False) -> list[Tensor]:
-    """What the rule takes from weights of zero: -lr N for each R."""
+def steps_of(
+    batch: list[Projected], rule: Rule, group: Group, *, lr: float, raw: bool = False, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """What the rule makes of weights of zero, which stand in for those of the matrices: -lr N for each R.
+
+    Args:
+        dtype: narrower than R, if no more of a step is used; taken where that saves bytes.
+    """
+    fresh = all(each.item.layout.whole and rule.takes_fresh(each.low) for each in batch)
     sizes = [each.low.numel() for each in batch]
-    zeros = torch.split(batch[0].low.new_zeros(sum(sizes)), sizes)  # stand in for the weights
-    steps = [zero.view(each.low.shape) for zero, each in zip(zeros, batch, strict=True)]
+    low = batch[0].low
+    flat = low.new_empty(sum(sizes), dtype=dtype) if fresh else low.new_zeros(sum(sizes))
+    steps = [part.view(each.low.shape) for part, each in zip(torch.split(flat, sizes), batch, strict=True)]
     items = [
-        Stepped(step, each.low, each.item.state, layout=each.subspace.low)
+        Stepped(step, each.low, each.item.state, layout=each.subspace.low, fresh=fresh)
         for step, each in zip(steps, batch, strict=True)
     ]
     rule.step_(items, group, lr=lr, weight_decay=0.0, raw=raw)
@@ -179,15 +192,21 @@ def limit_growth_(factors: list[Tensor], sizes: Tensor, growths: list[Tensor]) -
     torch._foreach_div_(factors, list(limits.unbind()))
 
 
-def scaled_add_(item: Stepped, factor: Tensor, back: Tensor | None, basis: Tensor, side: Side, *, beta: float) -> None:
+def scaled_add_(
+    item: Stepped, factor: Tensor, back: Tensor | None, basis: Tensor, side: Side, *, beta: float, products: str
+) -> None:
     """W <- beta W + G factor + back(`back`). A weight of lower precision is widened and rounded once, by chunks."""
     weight, grad = item.param, item.grad
+    if back is None and fused.usable(weight, grad) and fused.writes(item.store):
+        fused.scaled_add_(weight, grad, factor, beta=beta, store=item.store)
+        return
+    add_back = add_product_ if products == "bf16" else Tensor.addmm_
     for rows in row_chunks(weight, CHUNK):
         part = weight[rows]
         wide = part if weight.dtype == basis.dtype else part.to(basis.dtype)
         if back is not None:
             left, right = (basis[:, rows].T, back) if side == "left" else (back[rows], basis)
-            wide.addmm_(left, right, beta=beta)
+            add_back(wide, left, right, beta=beta, alpha=1.0)
         elif beta != 1.0:
             wide.mul_(beta)
         wide.addcmul_(grad[rows].to(wide.dtype), factor[rows] if factor.shape[0] > 1 else factor)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optim.base import Group
+from optim.products import PRODUCTS
 from optim.projection import METHODS
 from optim.rules import Rule
 from optim.subspace import BASIS
@@ -25,6 +26,7 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "on_refresh": "keep",
     "basis": "fp32",
     "basis_copies": False,
+    "products": "fp32",
     "stagger": False,
     "lazy": False,
     "lazy_threshold": 0.4,
@@ -43,6 +45,7 @@ on_refresh: what becomes of the moments: "keep"; "sign" and "procrustes" turn th
 basis: "fp32"; "int4" to keep the basis in half a byte a value; "regenerate", for APOLLO's random one, to draw it again
     at each step and keep none.
 basis_copies: of a sharded matrix, keep the whole basis on every rank rather than gather it for each step.
+products: operands of the products with a basis, but for those that find it: "fp32" as they are, "bf16" rounded.
 stagger: spread the refreshes of different matrices over the gap, by their names.
 lazy: double a matrix's gap while the last five overlaps of its subspaces average `lazy_threshold`.
 compat: "torch", or "authors" for the numerics of the method's own package.
@@ -56,6 +59,7 @@ def check_subspace(group: Group, lift: str, rule: Rule) -> None:
         ("refresh", REFRESH),
         ("on_refresh", ON_REFRESH),
         ("basis", tuple(BASIS)),
+        ("products", PRODUCTS),
     ):
         if group[key] not in known:
             raise ValueError(f"{key}={group[key]!r}: must be one of {', '.join(known)}")

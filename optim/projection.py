@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from optim.base import CHUNK, read
+from optim.products import add_product_, product
 from optim.rounding import Store
 from parallel.dtensor import WHOLE, Layout
 
@@ -46,8 +47,10 @@ def low_shape(shape: Sequence[int], rank: int, side: Side) -> tuple[int, int]:
     return (r, shape[1]) if side == "left" else (shape[0], r)
 
 
-def project(grad: Tensor, basis: Tensor, side: Side) -> Tensor:
+def project(grad: Tensor, basis: Tensor, side: Side, products: str = "fp32") -> Tensor:
     """Project (m, n) to (m, r) or (r, n), in the basis's dtype; a lower-precision gradient is widened by chunks."""
+    if products == "bf16":
+        return product(basis, grad, basis.dtype) if side == "left" else product(grad, basis.T, basis.dtype)
     if grad.dtype == basis.dtype:
         return basis @ grad if side == "left" else grad @ basis.T
     shape = (len(basis), grad.shape[1]) if side == "left" else (grad.shape[0], len(basis))
@@ -70,18 +73,22 @@ def add_back_(
     beta: float,
     alpha: float,
     store: Store = Tensor.copy_,
+    products: str = "fp32",
 ) -> None:
     """W <- beta W + alpha back(low), without a matrix of W's size beside it.
 
     A weight of lower precision than the basis is widened, updated and rounded once, by chunks of rows.
     """
+    add_ = add_product_ if products == "bf16" else Tensor.addmm_
     if weight.dtype == basis.dtype:
         left, right = (basis.T, low) if side == "left" else (low, basis)
-        weight.addmm_(left, right, beta=beta, alpha=alpha)
+        add_(weight, left, right, beta=beta, alpha=alpha)
         return
     for rows in row_slices(weight):
         left, right = (basis[:, rows].T, low) if side == "left" else (low[rows], basis)
-        store(weight[rows], torch.addmm(weight[rows].to(basis.dtype), left, right, beta=beta, alpha=alpha))
+        wide = weight[rows].to(basis.dtype)
+        add_(wide, left, right, beta=beta, alpha=alpha)
+        store(weight[rows], wide)
 
 
 def svd_basis(grad: Tensor, rank: int, side: Side, over: Layout = WHOLE) -> Tensor:

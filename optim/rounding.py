@@ -7,13 +7,14 @@ global generator: it is the same after a resume, in a backward hook, and for any
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Store = Callable[[Tensor, Tensor], object]
-"""Writes wide values into a narrower tensor: `Tensor.copy_` to the nearest, or a rounder of `stochastic`."""
+"""Writes wide values into a narrower tensor: `Tensor.copy_` to the nearest, or a `Stochastic`."""
 
 
 def seed_of(name: str, *numbers: int) -> int:
@@ -23,12 +24,20 @@ def seed_of(name: str, *numbers: int) -> int:
 
 
 def keyed_normal(shape: tuple[int, int], like: Tensor, name: str, *numbers: int) -> Tensor:
-    """Standard normal numbers with the dtype and device of `like`, drawn in fp32 on the CPU.
+    """Standard normal numbers with the dtype and device of `like`, drawn in fp32 where that is.
 
-    CUDA's generators are only reproducible on equal GPUs, and every rank must draw the same.
+    Made of `keyed_bits` by Box and Muller's method, as torch's generators give other numbers on a GPU than on a CPU,
+    and on another GPU. On all devices they are the same up to the last digit of a logarithm and a cosine.
     """
-    generator = torch.Generator().manual_seed(seed_of(name, *numbers))
-    return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
+    count = math.prod(shape)
+    half = (count + 1) // 2
+    bits = keyed_bits(seed_of(name, *numbers), (2 * half,), like.device)
+    # 24 bits, as many as fp32 can tell apart, in the middles of 2**24 intervals: never 0.
+    uniform = (bits >> 8).bitwise_and_((1 << 24) - 1).float().add_(0.5).mul_(2.0**-24)
+    radius = uniform[:half].log_().mul_(-2.0).sqrt_()
+    angle = uniform[half:].mul_(2.0 * math.pi)
+    found = torch.cat([radius * angle.cos(), angle.sin_().mul_(radius)])[:count]
+    return found.view(shape).to(like.dtype)
 
 
 def seeded_normal(shape: tuple[int, int], like: Tensor, seed: int) -> Tensor:
@@ -63,10 +72,10 @@ def keyed_bits(
     if pitch is not None and count:
         width = count // shape[0]
         bits.view(shape[0], width).add_(torch.arange(shape[0], device=device).mul_(pitch - width).int()[:, None])
-    bits.add_(_int32(first)).mul_(_int32(0x9E3779B9)).add_(_int32(seed))
-    _stir_(bits, 15).mul_(_int32(0x85EBCA6B))
-    _stir_(bits, 13).add_(_int32(seed >> 32)).mul_(_int32(0xC2B2AE35))
-    _stir_(bits, 16).mul_(_int32(0x27D4EB2F))
+    bits.add_(int32(first)).mul_(int32(0x9E3779B9)).add_(int32(seed))
+    _stir_(bits, 15).mul_(int32(0x85EBCA6B))
+    _stir_(bits, 13).add_(int32(seed >> 32)).mul_(int32(0xC2B2AE35))
+    _stir_(bits, 16).mul_(int32(0x27D4EB2F))
     return _stir_(bits, 15).view(tuple(shape))
 
 
@@ -74,29 +83,39 @@ def _stir_(bits: Tensor, shift: int) -> Tensor:
     return bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << (32 - shift)) - 1))  # >> repeats the sign
 
 
-def _int32(number: int) -> int:
+def int32(number: int) -> int:
     """The number with the lowest 32 bits of `number`, as torch's int32 holds them."""
     return (number + 2**31) % 2**32 - 2**31
 
 
-def stochastic(
-    name: str, step: int, whole: Tensor, *, row: int = 0, column: int = 0, pitch: int | None = None
-) -> Store:
-    """Return a rounder to bf16 for one parameter in one step, which takes `whole` and any slice of its rows.
+@dataclass(frozen=True)
+class Stochastic:
+    """A rounder to bf16 for one parameter in one step, which takes `whole` and any slice of its rows."""
 
-    Args:
-        row: where `whole` begins in the parameter, if it is a shard of its rows.
-        column: the same of columns, in values; then `pitch` is the length of the parameter's rows.
-    """
-    seed = seed_of(name, step)
+    name: str
+    step: int
+    whole: Tensor
+    """This rank's part of the parameter."""
+    row: int = 0
+    """Where `whole` begins in the parameter, if it is a shard of its rows."""
+    column: int = 0
+    """The same of columns, in values; then `pitch` is the length of the parameter's rows."""
+    pitch: int | None = None
 
-    def round_(target: Tensor, wide: Tensor) -> None:
-        first = first_index(target, whole, row)
-        if pitch is not None and whole.numel():
-            first = first * pitch * len(whole) // whole.numel() + column
-        round_to_bf16_(target, wide, keyed_bits(seed, wide.shape, wide.device, first, pitch))
+    def __call__(self, target: Tensor, wide: Tensor) -> None:
+        bits = keyed_bits(self.seed, wide.shape, wide.device, self.first_of(target), self.pitch)
+        round_to_bf16_(target, wide, bits)
 
-    return round_
+    @property
+    def seed(self) -> int:
+        return seed_of(self.name, self.step)
+
+    def first_of(self, target: Tensor) -> int:
+        """Flat index in the parameter of the first value of `target`, some rows of `whole`."""
+        first = first_index(target, self.whole, self.row)
+        if self.pitch is None or not self.whole.numel():
+            return first
+        return first * self.pitch * len(self.whole) // self.whole.numel() + self.column
 
 
 def first_index(part: Tensor, whole: Tensor, row: int = 0) -> int:

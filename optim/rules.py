@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim import fused
 from optim.adam import adamw_update_
 from optim.base import CHUNK, Group, State, contiguous_as, state_dtype
-from optim.codec import PLAIN, codec_for, rows_of
+from optim.codec import PLAIN, Codec, codec_for, rows_of
 from optim.rounding import Store
 from optim.sharded import new_tensors
 from parallel.dtensor import Layout
 
 CODED_CHUNK = 2**18
-"""Values of a coded state that are decoded at a time, so that the steps between find them in a cache."""
+"""Values of a coded state that are decoded at a time on a CPU, so that the steps between find them in a cache."""
 
 LANES = 64
 """Values that fused kernels on a CPU step at a time, at most. They round the rest of a tensor in another way (the last
@@ -51,6 +52,8 @@ class Stepped:
     store: Store = Tensor.copy_
     layout: Layout = Layout(())
     """Of the whole tensor; of `param` itself if not given."""
+    fresh: bool = False
+    """Whether `param` stands for zeros, which need not be there: the step is written, and nothing read."""
 
     def __post_init__(self) -> None:
         if self.layout.whole:
@@ -86,6 +89,10 @@ class Rule:
         """Factor that a `raw` step lacks."""
         return 1.0
 
+    def takes_fresh(self, like: Tensor) -> bool:
+        """Whether a tensor that is laid out as `like` can be stepped from zeros that are not there."""
+        return False
+
 
 class Elementwise(Rule):
     """A rule whose values do not see each other: steps many tensors in one call, or one by chunks of rows."""
@@ -99,7 +106,7 @@ class Elementwise(Rule):
 
     def step_(self, items: list[Stepped], group: Group, *, lr: float, weight_decay: float, raw: bool = False) -> None:
         options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "raw": raw}
-        together: dict[tuple[Any, ...], list[Stepped]] = defaultdict(list)
+        sorts: dict[tuple[Any, ...], list[Stepped]] = defaultdict(list)
         for item in items:
             codec = codec_for(group["states"], item.layout.shape)
             home = codec.home(item.layout)
@@ -108,15 +115,21 @@ class Elementwise(Rule):
                 continue
             item.state["step"] += 1
             p, step = item.param, item.state["step"]
-            if p.dtype == state_dtype(p.dtype) and codec is PLAIN:
-                together[p.device, p.dtype, step].append(item)
-            else:
+            if p.dtype == state_dtype(p.dtype) and codec is PLAIN and not item.fresh:
+                sorts[p.device, p.dtype, step].append(item)
+            elif not self.step_fused_(item, codec, group, **options):
                 self._step_by_chunks(item, group, options)
-        for (_, _, step), alike in together.items():
+        for (_, _, step), alike in sorts.items():
             params = [item.param for item in alike]
             grads = [contiguous_as(item.grad, item.param) for item in alike]
             moments = [[item.state[moment.key] for item in alike] for moment in self.moments]
             self.update_(params, grads, moments, step, group, **options)
+
+    def step_fused_(
+        self, item: Stepped, codec: Codec, group: Group, *, lr: float, weight_decay: float, raw: bool
+    ) -> bool:
+        """Step by one kernel that decodes, steps and encodes, where there is one; return whether there was."""
+        return False
 
     def _step_elsewhere(self, item: Stepped, home: Layout, group: Group, options: dict[str, Any]) -> None:
         """Step a tensor whose state is sharded otherwise: its gradient goes there and the step comes back, by which a
@@ -137,7 +150,8 @@ class Elementwise(Rule):
     def _step_by_chunks(self, item: Stepped, group: Group, options: dict[str, Any]) -> None:
         codec = codec_for(group["states"], item.layout.shape)
         wide = state_dtype(item.param.dtype)
-        for rows in row_chunks(item.param, CHUNK if codec is PLAIN else CODED_CHUNK):
+        cached = codec is not PLAIN and item.param.device.type == "cpu"
+        for rows in row_chunks(item.param, CODED_CHUNK if cached else CHUNK):
             part = rows_of(item.param, rows)
             moments = [
                 codec.read(item.state, moment.key, rows, wide, signed=moment.signed).view(part.shape)
@@ -173,6 +187,21 @@ class AdamRule(Elementwise):
             params, grads, *moments, step=step, lr=lr, betas=group["betas"], eps=group["eps"],
             weight_decay=weight_decay, authors=group.get("compat") == "authors", raw=raw,
         )  # fmt: skip
+
+    def takes_fresh(self, like: Tensor) -> bool:
+        return fused.usable(like)
+
+    def step_fused_(
+        self, item: Stepped, codec: Codec, group: Group, *, lr: float, weight_decay: float, raw: bool
+    ) -> bool:
+        if not (fused.usable(item.param, item.grad) and fused.writes(item.store)):
+            return False
+        rates = fused.Rates.of(
+            item.state["step"], lr=lr, betas=group["betas"], eps=group["eps"], weight_decay=weight_decay,
+            authors=group.get("compat") == "authors", raw=raw,
+        )  # fmt: skip
+        fused.adamw_(item.param, item.grad, item.state, codec, rates, store=item.store, fresh=item.fresh)
+        return True
 
     def bias(self, step: int, group: Group) -> float:
         beta1, beta2 = group["betas"]

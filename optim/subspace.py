@@ -33,7 +33,7 @@ from optim.projection import METHODS, Side, basis_shape, find_basis, low_shape, 
 from optim.rounding import keyed_normal, next_seed, seed_of, seeded_normal
 from optim.rules import Moment
 from optim.sharded import new_tensors
-from optim.warm import redrawn_rows, sketch_basis, warm_basis
+from optim.warm import OVERSAMPLE, redrawn_rows, sketch_basis, warm_basis
 from parallel.dtensor import Layout
 
 BASIS: dict[str, Codec] = {"fp32": PLAIN, "int4": Affine4(block=256), "regenerate": PLAIN}
@@ -43,6 +43,9 @@ FALL = 0.9
 SEARCH_EVERY = 10
 """Refreshes after which a warm basis is searched for anew in any case: power iteration alone is slow to leave a
 subspace whose directions have died."""
+LARGE = 2048
+"""Smaller side of a matrix from which a first warm basis is sketched: to decompose G G^T takes minutes for a model of
+such matrices, a hundred times as long as this."""
 QUEUE = 5
 BASIS_KEYS = ("basis", "basis_scale", "basis_zero")
 OWN_KEYS = {*BASIS_KEYS, "overlaps", "growth"}
@@ -94,6 +97,11 @@ class Subspace:
         return self.group.get("basis") == "regenerate"
 
     @cached_property
+    def large(self) -> bool:
+        """Whether the first of its warm bases is sketched."""
+        return min(self.shape) >= max(LARGE, 2 * (self.basis_shape[0] + OVERSAMPLE))
+
+    @cached_property
     def codec(self) -> Codec:
         return BASIS[self.group.get("basis", "fp32")]
 
@@ -143,7 +151,7 @@ class Subspace:
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """R of this rank's part of the gradient, laid out as `low`."""
-        found = project(grad, basis, self.side)
+        found = project(grad, basis, self.side, self.group.get("products", "fp32"))
         return self.low.scatter(found) if self.cut else found
 
     def spread(self, step: Tensor) -> Tensor:
@@ -246,7 +254,7 @@ class Subspace:
             found = self._captured(grad, over, norm, new)
             if found[0] >= FALL * state["captured"] and (count + 1) % SEARCH_EVERY:
                 return new, *found
-        if method == "randomized" or (method == "warm" and old is not None):
+        if method == "randomized" or (method == "warm" and (old is not None or self.large)):
             new = sketch_basis(grad, r, self.side, wide, (name, count), old if method == "warm" else None, over)
         else:
             fix_signs = self.group["compat"] != "authors"
@@ -272,7 +280,8 @@ class Subspace:
         # Squares are rounded as any number is, and so hold directions down to the root of that. An exact basis is found
         # from squares in fp64: beside those of fp32 gradients that is nothing.
         method, eps = self.group["refresh"], torch.finfo(state_dtype(grad.dtype)).eps
-        exact = state_dtype(grad.dtype) != torch.float64 and (method in METHODS or (method == "warm" and count == 0))
+        exact = method in METHODS or (method == "warm" and count == 0 and not self.large)
+        exact = exact and state_dtype(grad.dtype) != torch.float64
         weak = energies <= energies.amax() * ((16 * eps) ** 2 if exact else eps)
         if not read(weak.any(), usual=0.0):
             return new, low

@@ -20,6 +20,8 @@ from parallel.dtensor import WHOLE, Layout
 OVERSAMPLE = 64
 """Directions sketched beyond the rank; with PASSES they give 0.99 of the optimal energy on a slow i^-0.5 spectrum."""
 PASSES = 2
+EXCHANGED = 128
+"""Of the rows of an old basis, those that new directions may take the place of in a search; more than are new."""
 MOST_PASSES = 4
 """Of Cholesky; one is enough for rows that are nearly orthogonal, as those of a warm basis are."""
 ORTHONORMAL = 1e-12
@@ -41,7 +43,10 @@ def sketch_basis(
     grad: Tensor, rank: int, side: Side, wide: torch.dtype, key: tuple[str, int], old: Tensor | None,
     over: Layout = WHOLE,
 ) -> Tensor:  # fmt: skip
-    """Leading directions found from random ones, keyed by (name, number), and those of `old`. (r, k)"""
+    """Leading directions found from random ones, keyed by (name, number), and those of `old`. (r, k)
+
+    Rows of `old` but the weakest stay near what they were, and so do the moments along them keep their meaning.
+    """
     m, n = grad.shape if over.whole else over.shape
     k = m if side == "left" else n
     size = min(rank + OVERSAMPLE, m, n)
@@ -54,8 +59,25 @@ def sketch_basis(
     low = project(grad, found, side)
     low = (low if side == "left" else low.T).double()
     low /= over.norms(low)[0].clamp(min=torch.finfo(low.dtype).tiny)
+    if old is not None and rank > EXCHANGED:
+        return _exchanged(found, low, rank, over)
     vectors: Tensor = torch.linalg.eigh(over.sum_(low @ low.T)).eigenvectors[:, -rank:].flip(1)
     return fixed_signs(orthonormal_rows(vectors.T.to(wide) @ found))
+
+
+def _exchanged(found: Tensor, low: Tensor, rank: int, over: Layout) -> Tensor:
+    """The first `rank` of some orthonormal rows, with the leading directions within its weakest and all others in place
+    of those weakest: an eigendecomposition of a few hundred rows instead of all. `low` is G projected by `found`."""
+    energies = over.sum_(low.square().sum(1))[:rank]
+    # What is but rounding is all alike, in the order of its rows: no sum over ranks may decide between them.
+    energies = torch.where(energies > 1e-12 * energies.amax(), energies, 0.0)
+    weakest = energies.argsort(stable=True)[:EXCHANGED].sort().values
+    pool = torch.cat([weakest, torch.arange(rank, len(found), device=found.device)])
+    few = low[pool]
+    vectors: Tensor = torch.linalg.eigh(over.sum_(few @ few.T)).eigenvectors[:, -EXCHANGED:].flip(1)
+    new = found[:rank].clone()
+    new[weakest] = fixed_signs((vectors.T @ found[pool].double()).to(found.dtype))
+    return new
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from trainer.gate import Gate
 from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
-from trainer.precision import autocast, int8_matrices, is_mixed, rounding, use_float8_of
+from trainer.precision import autocast, int8_matrices, is_mixed, rounding, settled, use_float8_of
 from trainer.schema import Config
 from trainer.sequence import check_split, split_rows, whole_rows
 from trainer.state import seed_all
@@ -121,7 +121,8 @@ def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, 
     """Lay `model` over the ranks; return the optimizer of what is left here, its engine, and its update in backward."""
     spread = place(cfg, world, model)
     with kept_by(OffloadedStates(cfg.offload, world.device)) if cfg.offload.moves_states else nullcontext():
-        optimizer = registry.build(cfg.optim, spread.named_parameters(), rounding=rounding(cfg.precision))
+        asked = settled(cfg, world.device)
+        optimizer = registry.build(asked, spread.named_parameters(), rounding=rounding(cfg.precision))
     states, away = offloaded(optimizer), None
     if states is not None:
         states.require_room()

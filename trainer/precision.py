@@ -12,7 +12,7 @@
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from offload.float8 import use_float8
+from optim.config import Compat, OptimConfig, Products
+from optim.config_lowrank import ProjectedConfig
 from trainer.adapt import blocks
 from trainer.errors import UserError
 from trainer.schema import Config, Dtype, PrecisionConfig
@@ -62,6 +64,16 @@ def precision_text(cfg: PrecisionConfig) -> str:
     """`fp32`, or `fp32 weights, bf16 products` where they differ."""
     weights, compute = cfg.weights.value, cfg.compute.value
     return weights if weights == compute else f"{weights} weights, {compute} products"
+
+
+def settled(cfg: Config, device: torch.device) -> OptimConfig:
+    """Return the options of the optimizer, with those decided that follow from precision and device."""
+    optim = cfg.optim
+    if not (isinstance(optim, ProjectedConfig) and optim.products is None):
+        return optim
+    authors = getattr(optim, "compat", None) is Compat.authors
+    narrow = cfg.precision.compute in (Dtype.bf16, Dtype.fp8) and device.type == "cuda" and not authors
+    return replace(optim, products=Products.bf16 if narrow else Products.fp32)
 
 
 def autocast(cfg: PrecisionConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optim import AdamW, GaLoreAdamW
-from optim.rounding import keyed_bits, keyed_normal, round_to_bf16_, seed_of, stochastic
+from optim.rounding import Stochastic, keyed_bits, keyed_normal, round_to_bf16_, seed_of
 
 LSB = 2.0**-7
 """Of bf16 between 1 and 2."""
@@ -40,7 +40,7 @@ def test_a_hundred_updates_of_a_twentieth_of_a_digit_move_the_weight():
     weight = torch.ones(50000, dtype=torch.bfloat16)
     nearest = weight.clone()
     for step in range(100):
-        stochastic("w", step, weight)(weight, weight.float() + 0.05 * LSB)
+        Stochastic("w", step, weight)(weight, weight.float() + 0.05 * LSB)
         nearest.copy_(nearest.float() + 0.05 * LSB)
     moved = float((weight.double() - 1).mean()) / (5 * LSB)
     assert 0.99 <= moved <= 1.01
@@ -53,7 +53,7 @@ def test_draws_depend_on_name_and_step_alone():
 
     def draw(name, step):
         target = torch.empty(1000, dtype=torch.bfloat16)
-        stochastic(name, step, target)(target, x)
+        Stochastic(name, step, target)(target, x)
         return target
 
     first = draw("a", 3)
@@ -67,12 +67,12 @@ def test_draws_depend_on_name_and_step_alone():
 def test_a_value_has_its_draw_whatever_piece_of_its_parameter_is_rounded():
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     whole, pieces = (torch.empty(30, 8, dtype=torch.bfloat16) for _ in range(2))
-    stochastic("w", 3, whole)(whole, x)
+    Stochastic("w", 3, whole)(whole, x)
     for begin, end in ((0, 7), (7, 8), (8, 30)):
-        stochastic("w", 3, pieces)(pieces[begin:end], x[begin:end])
+        Stochastic("w", 3, pieces)(pieces[begin:end], x[begin:end])
     shards = [x[:11].bfloat16(), x[11:11].bfloat16(), x[11:].bfloat16()]
     for row, shard in zip((0, 11, 11), shards, strict=True):
-        stochastic("w", 3, shard, row=row)(shard, x[row : row + len(shard)])
+        Stochastic("w", 3, shard, row=row)(shard, x[row : row + len(shard)])
     assert torch.equal(whole, pieces) and torch.equal(whole, torch.cat(shards))
 
 
@@ -92,6 +92,20 @@ def test_normal_numbers_of_a_name_have_variance_one_and_the_dtype_asked_for():
     found = keyed_normal((200, 300), torch.empty(0, dtype=torch.float64), "w", 0)
     assert found.dtype is torch.float64 and abs(float(found.var()) - 1) < 0.02
     assert torch.equal(found, keyed_normal((200, 300), torch.empty(0, dtype=torch.float64), "w", 0))
+    assert not torch.equal(found, keyed_normal((200, 300), torch.empty(0, dtype=torch.float64), "w", 1))
+
+
+def test_normal_numbers_have_the_moments_of_a_normal_and_no_relation_to_each_other():
+    count = 2**19
+    found = keyed_normal((1, 2 * count - 1), torch.empty(0), "w", 3).double()[0]
+    size = len(found) ** 0.5
+    for power, (mean, variance) in {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96), 6: (15, 10170)}.items():
+        assert abs(float((found**power).mean()) - mean) < 5 * variance**0.5 / size, power
+    assert found.isfinite().all() and 4.5 < float(found.abs().max()) < 6
+    for lag in (1, 2, 256, count - 1, count):  # `count` apart are the two of a pair
+        for power in (1, 2):
+            values = found**power - float((found**power).mean())
+            assert abs(float((values * values.roll(lag)).mean())) < 5 * (1 if power == 1 else 2) / size, (lag, power)
 
 
 @pytest.mark.parametrize("build", [AdamW, lambda p, **k: GaLoreAdamW([{"params": p, "rank": 4}], **k)])

@@ -71,6 +71,30 @@ def test_a_sketch_finds_99_percent_of_the_best_energy_from_nothing(shape, side, 
     assert orthonormality_error(basis) <= 1e-5 and share_of_best(grad, basis, side) >= 0.99
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_search_of_a_large_basis_finds_new_directions_in_place_of_its_weakest(side):
+    """Of rank 160 the best 99 % again, after 20 of the leading directions are none that the old basis has."""
+    left, right = (torch.linalg.qr(randn(size, 240, seed=size)).Q for size in (300, 260))
+    sizes = torch.arange(1, 241).float().pow(-0.5)
+    old = (left[:, 20:180] if side == "left" else right[:, 20:180]).T.contiguous()
+    grad = (left * sizes) @ right.T
+    found = sketch_basis(grad, 160, side, torch.float32, ("w", 9), old)
+    assert orthonormality_error(found) <= 1e-5 and share_of_best(grad, found, side) >= 0.99
+    assert share_of_best(grad, old, side) < 0.7
+    kept = [i for i in range(160) if float(found[i] @ old[i]) > 0.9]
+    assert len(kept) >= 30  # what is not among the weakest stays in its place
+
+
+def test_the_first_basis_of_a_large_matrix_is_sketched_and_nearly_the_best(monkeypatch):
+    monkeypatch.setattr("optim.subspace.LARGE", 200)
+    monkeypatch.setattr("optim.subspace.find_basis", None)
+    p = torch.nn.Parameter(torch.zeros(260, 220))
+    optimizer = galore(p, rank=24)
+    grad = spectrum((260, 220), 0.5)
+    run(optimizer, p, [grad])
+    assert share_of_best(grad, optimizer.state[p]["basis"], "right") >= 0.99
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("spread", [0, 6, 12])
 def test_rows_become_orthonormal_however_unequal_and_keep_the_first_direction(spread, dtype):

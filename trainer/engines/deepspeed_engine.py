@@ -28,6 +28,7 @@ from trainer.engines.base import Numbers
 from trainer.engines.partition import FlatPart, flat_partitions, held_of, segments
 from trainer.engines.partitioned import PartitionedOptimizer
 from trainer.errors import UserError, first_line
+from trainer.precision import settled
 from trainer.schema import Config
 from trainer.state import model_tensors, parameter_names
 
@@ -44,7 +45,7 @@ class DeepSpeedEngine:
         self._linear = nn.functional.linear  # which stage 3 replaces, for good
         self._names = parameter_names(model)
         self.optimizer = PartitionedOptimizer(
-            cfg.optim,
+            settled(cfg, world.device),
             list(model.named_parameters()),
             world,
             elementwise=deepspeed_config.elementwise(cfg),
