@@ -7,7 +7,8 @@ group keys of the authors' packages, with a gap that no measurement reaches: ref
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from optim import registry
-from optim.config import OptimConfig
+from optim.config import OptimConfig, Products, Refresh
+from optim.fused import eager
 from optim.projection import add_back_, low_shape, project, side_of
+from optim.subspace import SEARCH_EVERY
 from optim.warm import orthonormal_rows
 
 NEVER = 10**9
@@ -31,8 +34,14 @@ class Size:
     inner: int
     blocks: int
     rank: int
+    """Of GaLore and Fira."""
     svd: bool
     """Whether an SVD of every matrix, as the authors' refresh makes, fits into a few minutes on a CPU."""
+
+    @property
+    def apollo_rank(self) -> int:
+        """At most 256, as in the authors' scripts of every size."""
+        return min(self.rank, 256)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -57,13 +66,20 @@ def some_basis(rank: int, length: int, device: torch.device) -> Tensor:
 class Arm:
     """One optimizer on some parameters."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, refresh: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, refresh: Callable[[], None] | None = None,
+        search: Callable[[], None] | None = None, within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:  # fmt: skip
         self.optimizer = optimizer
         self.refresh = refresh
         """Makes the next step find new bases; None where there are none."""
+        self.search = search
+        """Makes the next step search anew, as every tenth refresh of ours does."""
+        self.within = within
 
     def step(self) -> None:
-        self.optimizer.step()
+        with self.within():
+            self.optimizer.step()
 
     def begin_anywhere(self) -> None:
         """Start from random bases, which step and refresh in the same time as others: the decompositions of a first
@@ -76,12 +92,13 @@ class Arm:
                     state |= {"refreshes": 1, "next_refresh": NEVER}
 
 
-class Products:
+class Bare:
     """The floor under any GaLore step: R = G Q^T and W += R Q, nothing else."""
 
-    refresh = None
+    refresh = search = None
 
-    def __init__(self, params: list[Tensor], rank: int) -> None:
+    def __init__(self, params: list[Tensor], rank: int, products: str = "fp32") -> None:
+        self.products = products
         self.work = []
         for p in params:
             side = side_of(p.shape, "std")
@@ -99,15 +116,17 @@ class Products:
     def step(self) -> None:
         for p, basis, side, _ in self.work:
             assert p.grad is not None
-            low = project(p.grad, basis, side)
-            add_back_(p, low, basis, side, beta=1.0, alpha=-1e-6)
+            low = project(p.grad, basis, side, self.products)
+            add_back_(p, low, basis, side, beta=1.0, alpha=-1e-6, products=self.products)
 
 
 def low_rank_group(params: list[Tensor], rank: int, **more: Any) -> list[dict[str, Any]]:
     return [{"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std", **more}]
 
 
-def ours(name: str, **options: Any) -> Callable[[list[Tensor], int], Arm]:
+def ours(
+    name: str, within: Callable[[], AbstractContextManager[object]] = nullcontext, **options: Any
+) -> Callable[[list[Tensor], int], Arm]:
     """One of our optimizers by its registered name."""
 
     def build(params: list[Tensor], rank: int) -> Arm:
@@ -121,9 +140,15 @@ def ours(name: str, **options: Any) -> Callable[[list[Tensor], int], Arm]:
 
         def refresh() -> None:
             for state in optimizer.state.values():
-                state["next_refresh"] = 0
+                state |= {"next_refresh": 0, "refreshes": 1}
 
-        return Arm(optimizer, refresh if low and name != "cosmos" else None)
+        def search() -> None:
+            for state in optimizer.state.values():
+                state |= {"next_refresh": 0, "refreshes": SEARCH_EVERY - 1}
+
+        if not low or name == "cosmos":
+            return Arm(optimizer, within=within)
+        return Arm(optimizer, refresh, search if getattr(cfg, "refresh", None) is Refresh.warm else None, within)
 
     return build
 
@@ -156,16 +181,36 @@ def theirs(module: str, kind: str, **low_rank: Any) -> Callable[[list[Tensor], i
     return build
 
 
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Let products of fp32 run on tensor cores in TF32, as a user may set it for the whole process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+BF16 = {"products": Products.bf16}
 APOLLO_KEYS = {"proj": "random", "scale": 1.0, "scale_type": "channel"}
 MINI_KEYS = {"rank": 1, "proj": "random", "scale": MINI_SCALE, "scale_type": "tensor"}
 ARMS: dict[str, Callable[[list[Tensor], int], Any]] = {
     "torch adamw fused": torchs,
     "adamw": ours("adamw"),
-    "galore products": Products,
+    "galore products": Bare,
+    "galore products bf16": functools.partial(Bare, products="bf16"),
     "galore": ours("galore"),
+    "galore tf32": ours("galore", tf32),
+    "galore bf16": ours("galore", **BF16),
+    "galore bf16 eager": ours("galore", eager, **BF16),
     "galore-torch": theirs("galore_torch", "GaLoreAdamW", scale=0.25),
     "galore_8bit": ours("galore_8bit"),
+    "galore_8bit bf16": ours("galore_8bit", **BF16),
     "apollo": ours("apollo"),
+    "apollo tf32": ours("apollo", tf32),
+    "apollo bf16": ours("apollo", **BF16),
+    "apollo bf16 eager": ours("apollo", eager, **BF16),
     "apollo-torch": theirs("apollo_torch", "APOLLOAdamW", **APOLLO_KEYS),
     "apollo_mini": ours("apollo_mini"),
     "apollo-torch mini": theirs("apollo_torch", "APOLLOAdamW", **MINI_KEYS),
@@ -173,14 +218,18 @@ ARMS: dict[str, Callable[[list[Tensor], int], Any]] = {
     "fira (authors)": theirs("fira", "FiraAdamW", alpha=0.25),
     "cosmos": ours("cosmos"),
     "adamw_8bit": ours("adamw_8bit"),
+    "adamw_8bit eager": ours("adamw_8bit", eager),
     "bitsandbytes 8bit": theirs("bitsandbytes.optim", "AdamW8bit"),
     "torchao 8bit": theirs("torchao.optim", "AdamW8bit"),
     "adamw_4bit": ours("adamw_4bit"),
     "torchao 4bit": theirs("torchao.optim", "AdamW4bit"),
     "adamw_fp8": ours("adamw_fp8"),
+    "adamw_fp8 eager": ours("adamw_fp8", eager),
     "torchao fp8": theirs("torchao.optim", "AdamWFp8"),
 }
 """By name: builds the arm for parameters with gradients, given the rank of low-rank methods."""
+ON_CUDA = tuple(name for name in ARMS if name.split()[-1] in ("tf32", "bf16", "eager"))
+"""Arms that are another way of the same only there."""
 
 
 def gradients(shapes: list[tuple[int, int]], device: torch.device, *, drift: float, seed: int) -> list[Tensor]:

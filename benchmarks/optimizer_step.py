@@ -1,6 +1,6 @@
 """How long an optimizer step takes: ours, the authors' packages, torch, bitsandbytes and torchao, in turn.
 
-    python -m benchmarks.optimizer_step [--minutes 5] [--sizes 60M,350M,7B] [--arms galore,...]
+    python -m benchmarks.optimizer_step [--minutes 5] [--sizes 60M,350M,7B] [--arms galore,...] [--weights bf16]
 
 All arms step the same weights with the same gradients, one step of each in turn, round after round, so that what else
 the machine does touches all alike; figures are medians, ratios are medians of the ratios round by round. Then a
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.optimizer_arms import ARMS, SIZES, Arm, Size, gradients
+from benchmarks.optimizer_arms import ARMS, ON_CUDA, SIZES, Arm, Size, gradients
 from benchmarks.report import print_table, spread, write_result
 from parallel.launch import cpu_threads
 
@@ -51,27 +51,30 @@ SKIPPED_AT = {"350M": ("torchao 4bit",), "1B": SLOW, "7B": SLOW}
 """On a CPU: their SVD of a large matrix takes minutes, torchao compiles 5 to 10 seconds for each shape."""
 
 
-def clocked(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds that a step takes, the device's work included."""
+def clocked(step: Callable[[], None], device: torch.device, times: int = 1) -> float:
+    """Seconds that a step takes, one of `times` in a row, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    step()
+    for _ in range(times):
+        step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / times
 
 
-def build(names: list[str], size: Size, device: torch.device) -> tuple[dict[str, Any], list[Tensor], dict[str, Any]]:
+def build(
+    names: list[str], size: Size, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Any], list[Tensor], dict[str, Any]]:
     """Arms that could be built and stepped twice, their weights, and what was found on the way."""
-    params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in size.shapes]
+    params = [torch.nn.Parameter((torch.randn(shape, device=device) * 0.02).to(dtype)) for shape in size.shapes]
     for p, grad in zip(params, gradients(size.shapes, device, drift=0.0, seed=0), strict=True):
-        p.grad = grad
+        p.grad = grad.to(dtype)
     arms: dict[str, Any] = {}
     found: dict[str, Any] = {"first_step_seconds": {}, "left_out": {}}
     for name in names:
         try:
-            arm = ARMS[name](params, size.rank)
+            arm = ARMS[name](params, size.apollo_rank if "apollo" in name else size.rank)
             if not size.svd and isinstance(arm, Arm):
                 arm.begin_anywhere()
             found["first_step_seconds"][name] = clocked(arm.step, device)
@@ -86,14 +89,18 @@ def build(names: list[str], size: Size, device: torch.device) -> tuple[dict[str,
 
 
 def steady(arms: dict[str, Any], device: torch.device, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Time one step of each arm in turn, for at most `rounds` rounds or `seconds`, at least three rounds."""
+    """Time one step of each arm in turn, for at most `rounds` rounds or `seconds`, at least three rounds.
+
+    On CUDA ten in a row: there the host runs ahead, in training as here.
+    """
+    times = 10 if device.type == "cuda" else 1
     taken: dict[str, list[float]] = {name: [] for name in arms}
     until = time.monotonic() + seconds
     while (done := len(next(iter(taken.values()))) if taken else rounds) < rounds:
         if done >= 3 and time.monotonic() > until:
             break
         for name, arm in arms.items():
-            taken[name].append(clocked(arm.step, device))
+            taken[name].append(clocked(arm.step, device, times))
     return taken
 
 
@@ -103,28 +110,32 @@ def refreshes(
     """Time steps with a refresh on drifted gradients, in turn; compare the energy captured with an SVD's."""
     low_rank = {name: arm for name, arm in arms.items() if arm.refresh is not None}
     taken: dict[str, list[float]] = {name: [] for name in low_rank}
+    searched: dict[str, list[float]] = {name: [] for name, arm in low_rank.items() if arm.search is not None}
     shares: list[float] = []
     until = time.monotonic() + seconds
     for round_ in range(5):
         if round_ and time.monotonic() > until:
             break
         for p, grad in zip(params, gradients(size.shapes, device, drift=0.15 * (round_ + 1), seed=0), strict=True):
-            p.grad = grad
+            p.grad = grad.to(p.dtype)
         for name, arm in low_rank.items():
             arm.refresh()
             taken[name].append(clocked(arm.step, device))
+        for name, times in searched.items():
+            low_rank[name].search()
+            times.append(clocked(low_rank[name].step, device))
         if "galore" in arms and size.svd and not round_:
             shares = [
                 arms["galore"].optimizer.state[p]["captured"] / optimal_energy(p.grad, size.rank)
                 for p in params[:7]
                 if p.grad is not None
             ]
-    return {"seconds": taken, "captured_over_optimum": shares}
+    return {"seconds": taken, "search_seconds": searched, "captured_over_optimum": shares}
 
 
 def optimal_energy(grad: Tensor, rank: int) -> float:
     """Largest share of the energy that `rank` directions can hold."""
-    energies = torch.linalg.svdvals(grad).square()
+    energies = torch.linalg.svdvals(grad.float()).square()
     return float(energies[:rank].sum() / energies.sum())
 
 
@@ -141,16 +152,21 @@ def ratios(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def measure(size_name: str, names: list[str], device: torch.device, seconds: float, rounds: int) -> dict[str, Any]:
+def measure(
+    size_name: str, names: list[str], device: torch.device, seconds: float, rounds: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """Everything about one size; prints its table."""
     size = SIZES[size_name]
     chosen = [name for name in names if device.type == "cuda" or name not in SKIPPED_AT.get(size_name, ())]
-    arms, params, found = build(chosen, size, device)
+    arms, params, found = build(chosen, size, device, dtype)
     taken = steady(arms, device, 0.6 * seconds, rounds)
     refreshed = refreshes(arms, params, size, device, 0.2 * seconds)
     compared = ratios(taken)
     medians = {name: statistics.median(times) for name, times in taken.items()}
-    extra = {name: statistics.median(times) - medians[name] for name, times in refreshed["seconds"].items()}
+    extra, searching = (
+        {name: statistics.median(times) - medians[name] for name, times in refreshed[key].items()}
+        for key in ("seconds", "search_seconds")
+    )
     print(
         f"\n{size_name}: {len(params)} matrices, {sum(p.numel() for p in params) / 1e6:.1f}M values, rank {size.rank}"
     )
@@ -173,6 +189,7 @@ def measure(size_name: str, names: list[str], device: torch.device, seconds: flo
         "rounds": len(next(iter(taken.values()), [])),
         "ratios": compared,
         "refresh_extra_seconds": extra,
+        "search_extra_seconds": searching,
         "captured_over_optimum": spread(refreshed["captured_over_optimum"])
         if refreshed["captured_over_optimum"]
         else None,
@@ -199,21 +216,26 @@ def bars(compared: dict[str, Any], extra: dict[str, float], shares: list[float])
     return found
 
 
-def run(sizes: list[str], names: list[str], device: torch.device, minutes: float, rounds: int = 30) -> dict[str, Any]:
+def run(
+    sizes: list[str], names: list[str], device: torch.device, minutes: float, rounds: int = 30,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:  # fmt: skip
     """Measure `sizes` one after the other; what is over goes to the next."""
     until = time.monotonic() + 60 * minutes
     found = {}
     for done, size in enumerate(sizes):
-        found[size] = measure(size, names, device, (until - time.monotonic()) / (len(sizes) - done), rounds)
-    return {"device": str(device), "threads": torch.get_num_threads(), "sizes": found}
+        found[size] = measure(size, names, device, (until - time.monotonic()) / (len(sizes) - done), rounds, dtype)
+    return {"device": str(device), "threads": torch.get_num_threads(), "weights": str(dtype), "sizes": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=4.0, help="for the measurements, without warming up (4)")
     parser.add_argument("--sizes", default="60M,350M,7B", help=f"of {', '.join(SIZES)} (60M,350M,7B)")
-    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated names; default all")
+    everywhere = [name for name in ARMS if torch.cuda.is_available() or name not in ON_CUDA]
+    parser.add_argument("--arms", default=",".join(everywhere), help="comma-separated names; default all")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each arm at most (30)")
+    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32", help="and gradients (fp32)")
     parser.add_argument("--threads", type=int, default=cpu_threads(1), help="of torch; default: the cores there are")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results")
     args = parser.parse_args()
@@ -222,7 +244,8 @@ def main() -> None:
         parser.error(f"--arms {unknown[0]}: known are {', '.join(ARMS)}")
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = run(args.sizes.split(","), args.arms.split(","), device, args.minutes, args.rounds)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.weights]
+    found = run(args.sizes.split(","), args.arms.split(","), device, args.minutes, args.rounds, dtype)
     print("written to", write_result("optimizer_step", found, args.out))
 
 

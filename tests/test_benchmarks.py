@@ -48,14 +48,16 @@ def test_every_rival_and_bar_names_an_arm() -> None:
 
 
 def test_a_steps_share_of_a_refresh_is_counted_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = {"torch adamw fused": 1.0, "galore bf16": 1.05, "apollo bf16": 1.2}
     sizes = {
-        "steady_seconds": {"torch adamw fused": {"median": 1.0}, "galore": {"median": 1.1}, "apollo": {"median": 1.2}},
-        "refresh_extra_seconds": {"galore": 40.0, "apollo": -0.1},
+        "steady_seconds": {name: {"median": seconds} for name, seconds in steady.items()},
+        "refresh_extra_seconds": {"galore bf16": 40.0, "apollo bf16": -0.1},
+        "search_extra_seconds": {"galore bf16": 140.0},
     }
     monkeypatch.setattr(gpu, "optimizer_steps", lambda *_: lambda _: {"sizes": {"7B": sizes}})
     found = gpu.amortised("7B")(60.0)
-    assert found["amortised_over_adamw"] == pytest.approx({"torch adamw fused": 1.0, "galore": 1.3, "apollo": 1.2})
-    assert found["bars"]["galore"]["met"] and not found["bars"]["apollo"]["met"]
+    assert found["amortised_over_adamw"] == pytest.approx(steady | {"galore bf16": 1.05 + (0.9 * 40 + 14) / 200})
+    assert found["bars"]["galore bf16"]["met"] and not found["bars"]["apollo bf16"]["met"]
 
 
 @pytest.mark.slow
