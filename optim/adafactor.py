@@ -118,7 +118,7 @@ class AdafactorRule(Rule):
             codec.write(state, "exp_avg", slice(None), first, signed=True)
             update = values if home.dim == layout.dim else home.move(values, 1)
         if p.dtype == wide:
-            p.mul_(1.0 - lr * weight_decay).sub_(update)
+            torch.sub(update, p, alpha=1.0 - lr * weight_decay, out=p).neg_()
         else:
             item.store(p, p.to(wide).mul_(1.0 - lr * weight_decay).sub_(update))
 
@@ -163,3 +163,37 @@ class Adafactor(ComposedOptimizer):
         for key in ("decay_rate", "clip_threshold"):
             if not 0 < group[key] < math.inf:
                 raise ValueError(f"{key}={group[key]}: must be a finite number above 0")
+
+
+class GaLoreAdafactor(Adafactor):
+    """Adafactor under galore-torch's name, arguments and defaults, as far as its authors use them: a learning rate, and
+    neither relative steps nor a scale by the weights' size. With compat="authors" bases are found by `svd`, as theirs.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        compat: str = "torch",
+        **options: Any,
+    ) -> None:
+        if lr is None or scale_parameter or relative_step or warmup_init:
+            raise ValueError(
+                "GaLoreAdafactor takes a learning rate: give lr, scale_parameter=False, relative_step=False and "
+                "warmup_init=False, as in the authors' scripts"
+            )
+        if eps[0] != DEAD:
+            raise ValueError(f"eps={eps}: the first must be {DEAD:g}; the second belongs to scale_parameter")
+        if compat == "authors":
+            options = {"refresh": "svd", **options}
+        options |= {"compat": compat, "decay_rate": abs(decay_rate), "clip_threshold": clip_threshold}
+        super().__init__(params, lr, beta1 or 0.0, weight_decay, **options)

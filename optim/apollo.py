@@ -10,6 +10,8 @@ State: m and v (out, r), P (r, in) and one number, fp32: 4 (2 r out + r in + 1) 
 Paper: Zhu et al. 2024, arXiv:2412.05270, algorithm 1.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from optim.base import Group, State
@@ -26,10 +28,15 @@ class APOLLO(LowRankAdamW):
     Group keys are those of apollo-torch: `rank, update_proj_gap (200), scale (1), proj_type ("std"),
     proj ("random" or "svd"), scale_type ("channel" or "tensor")`. With compat="authors" it follows apollo-torch 1.0.3
     step for step, its seeds by position in the list of parameters included. `q_compat` limits the growth of updates
-    after Adam's bias correction instead of before it, as the authors' Q-APOLLO does.
+    after Adam's bias correction instead of before it, as the authors' Q-APOLLO does. Their `scale_front`, whether the
+    scale comes before the limiter, is taken and makes no difference.
     """
 
     choices = SUBSPACE_DEFAULTS | {"scale": 1.0, "refresh": "random", "scale_type": "channel", "q_compat": False}
+
+    def __init__(self, params: Any, *args: Any, scale_front: bool = False, **options: Any) -> None:
+        # The limiter compares norms of updates, which a scale before it changes alike: nothing else follows from it.
+        super().__init__(params, *args, **options)
 
     def add_param_group(self, param_group: Group) -> None:
         if "proj" in param_group:
@@ -55,6 +62,10 @@ class APOLLO(LowRankAdamW):
     @classmethod
     def lift_of(cls, group: Group) -> str:
         return str(group["scale_type"])
+
+
+APOLLOAdamW = APOLLO
+"""Its name in apollo-torch."""
 
 
 class APOLLOMini(APOLLO):

@@ -23,3 +23,7 @@ class Fira(LowRankAdamW):
             param_group = {"scale": param_group["alpha"], **param_group}
             del param_group["alpha"]
         super().add_param_group(param_group)
+
+
+FiraAdamW = Fira
+"""Its name in the authors' package."""

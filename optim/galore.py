@@ -26,6 +26,8 @@ class LowRankAdamW(ComposedOptimizer):
         weight_decay: decoupled decay; `scale` does not touch it.
         compat: "torch" (eps after the bias correction, decay before the update) or "authors", which follows
             the authors' package step for step: eps before the correction, decay after the update, the solver's signs.
+        correct_bias: as the authors' packages have it; only True.
+        no_deprecation_warning: theirs; there is none here.
         options: `states`, `rounding` and what `optim.options.SUBSPACE_DEFAULTS` lists, as defaults of the groups.
     """
 
@@ -37,9 +39,13 @@ class LowRankAdamW(ComposedOptimizer):
         eps: float | None = None,
         weight_decay: float = 0.0,
         *,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = True,
         compat: str = "torch",
         **options: Any,
     ) -> None:
+        if not correct_bias:
+            raise ValueError("correct_bias=False: Adam's moments are corrected here; leave it out")
         authors = compat == "authors"
         if authors and self.choices["refresh"] == "warm":
             options = {"refresh": "svd", **options}
@@ -53,3 +59,20 @@ class GaLoreAdamW(LowRankAdamW):
 
     Group keys are those of galore-torch: `rank, update_proj_gap (200), scale (0.25), proj_type ("std")`.
     """
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """GaLore-AdamW with moments in 8 bits: `states="int8"`, and galore-torch's default for the weight decay."""
+
+    choices = GaLoreAdamW.choices | {"states": "int8"}
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, **options)

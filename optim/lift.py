@@ -54,8 +54,8 @@ class Lift:
 
     def step_(self, batch: list[Projected], rule: Rule, group: Group) -> None:
         """Step matrices of one device and dtype in place."""
-        lr, decay, authors = _rates(group)
-        alpha = group["scale"] * (decay if authors else 1.0)
+        lr, decay, after = _rates(group, rule)
+        alpha = group["scale"] * (decay if after else 1.0)
         dtype = torch.bfloat16 if group["products"] == "bf16" else None  # no more is used of the step
         for each, step in zip(batch, steps_of(batch, rule, group, lr=lr, dtype=dtype), strict=True):
             add_back_(
@@ -72,7 +72,7 @@ class Scaled(Lift):
     linear: bool = False
 
     def step_(self, batch: list[Projected], rule: Rule, group: Group) -> None:
-        lr, decay, authors = _rates(group)
+        lr, decay, after = _rates(group, rule)
         corrected = group.get("q_compat", False)  # as the authors' Q-APOLLO: the limiter sees Adam's correction too
         normed = steps_of(batch, rule, group, lr=-1.0, raw=not corrected)
         inside = group["scale"] if self.residual else 0.0
@@ -81,7 +81,7 @@ class Scaled(Lift):
         for each, step, factor in zip(batch, normed, factors, strict=True):
             # Everything the weight takes is -lr a times something; the authors decay afterwards what we decay before.
             bias = 1.0 if corrected else rule.bias(each.item.state["step"], group)
-            alpha = -lr * bias * (decay if authors else 1.0)
+            alpha = -lr * bias * (decay if after else 1.0)
             subspace, back = each.subspace, None
             if self.residual:
                 inner = factor[subspace.low.mine] if subspace.cut and subspace.side == "right" else factor
@@ -214,6 +214,8 @@ def scaled_add_(
             item.store(part, wide)
 
 
-def _rates(group: Group) -> tuple[float, float, bool]:
+def _rates(group: Group, rule: Rule) -> tuple[float, float, bool]:
+    """Learning rate, what decay leaves of a weight, whether the update decays with it."""
     lr = float(group["lr"])
-    return lr, 1.0 - lr * group["weight_decay"], group.get("compat") == "authors"
+    after = rule.authors_decay_last and group.get("compat") == "authors"
+    return lr, 1.0 - lr * group["weight_decay"], after

@@ -66,6 +66,8 @@ class Rule:
     moments: tuple[Moment, ...] = ()
     turns = True
     """Whether the moments can follow a basis that turns."""
+    authors_decay_last = False
+    """Whether the authors' package lets weights decay after the update."""
 
     def new_state(self, like: Tensor, layout: Layout, group: Group) -> State:
         """State of a tensor of `layout`; this rank's part `like` of the weight decides device and precision."""
@@ -178,6 +180,7 @@ class Elementwise(Rule):
 
 class AdamRule(Elementwise):
     moments = (Moment("exp_avg", signed=True, power=1), Moment("exp_avg_sq", signed=False, power=2))
+    authors_decay_last = True
 
     def update_(
         self, params: list[Tensor], grads: list[Tensor], moments: list[list[Tensor]], step: int, group: Group,

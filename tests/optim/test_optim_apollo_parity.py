@@ -2,7 +2,7 @@
 
 import pytest
 
-from optim import APOLLO
+from optim import APOLLO, APOLLOAdamW
 from tests.optim.authors import assert_same_steps, module_of
 
 
@@ -24,4 +24,14 @@ def test_authors_mode_follows_apollo_torch_for_20_steps_through_refreshes(author
         lambda groups: APOLLO(groups, compat="authors", **common),
         lambda groups: authors(groups, **common),
         {"update_proj_gap": 8, "proj_type": "std", "proj": proj, **own},
+    )
+
+
+def test_a_scale_before_the_limiter_is_one_after_it(authors):
+    """So that their `scale_front` is taken, and ours is theirs with it."""
+    common = {"lr": 1e-2, "betas": (0.9, 0.999), "scale_front": True}
+    assert_same_steps(
+        lambda groups: APOLLOAdamW(groups, compat="authors", no_deprecation_warning=True, **common),
+        lambda groups: authors(groups, **common),
+        {"rank": 1, "scale": 128.0, "scale_type": "tensor", "update_proj_gap": 8, "proj_type": "std", "proj": "random"},
     )

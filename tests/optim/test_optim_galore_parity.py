@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim import GaLoreAdamW
+from optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from tests.optim.authors import assert_same_steps, module_of, randn
 
 PROJ_TYPES = ["std", "reverse_std", "left", "right"]
@@ -24,6 +24,41 @@ def test_authors_mode_follows_galore_torch_for_20_steps_through_a_refresh(author
         lambda groups: authors(groups, no_deprecation_warning=True, **common),
         {"rank": 6, "update_proj_gap": 8, "scale": 0.25, "proj_type": proj_type},
     )
+
+
+@pytest.fixture(scope="module")
+def authors_adafactor():
+    for module in module_of("galore_torch", "1.0", "adafactor"):
+        yield module.Adafactor
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("beta1", [None, 0.9])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std"])
+def test_their_adafactor_is_followed_for_20_steps_through_refreshes(authors_adafactor, proj_type, beta1, weight_decay):
+    common = {"lr": 1e-2, "beta1": beta1, "weight_decay": weight_decay, "scale_parameter": False,
+              "relative_step": False}  # fmt: skip
+    assert_same_steps(
+        lambda groups: GaLoreAdafactor(groups, compat="authors", **common),
+        lambda groups: authors_adafactor(groups, **common),
+        {"rank": 6, "update_proj_gap": 8, "scale": 0.25, "proj_type": proj_type},
+    )
+
+
+def test_what_their_scripts_never_ask_of_adafactor_is_refused():
+    params = [torch.nn.Parameter(torch.zeros(4, 4))]
+    with pytest.raises(ValueError, match="takes a learning rate: give lr, scale_parameter=False"):
+        GaLoreAdafactor(params)
+    with pytest.raises(ValueError, match="the first must be 1e-30"):
+        GaLoreAdafactor(params, lr=1e-3, eps=(1e-8, 1e-3), scale_parameter=False, relative_step=False)
+    with pytest.raises(ValueError, match="correct_bias=False"):
+        GaLoreAdamW(params, correct_bias=False)
+
+
+def test_the_8_bit_class_keeps_its_moments_in_8_bits():
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = GaLoreAdamW8bit([{"params": [p], "rank": 64, "scale": 0.25}], lr=1e-3)
+    assert optimizer.state[p]["exp_avg"].dtype is torch.uint8 and optimizer.param_groups[0]["weight_decay"] == 1e-2
 
 
 def test_the_default_differs_from_the_authors_by_eps_alone_while_eps_matters(authors):
