@@ -131,6 +131,9 @@ AXES: tuple[Axis, ...] = (
         v("std"), *(v(name, f"optim.proj_type={name}") for name in ("reverse_std", "left", "right")),
     )),
     Axis("basis", "how a basis is kept", True, (v("fp32"), v("int4", "optim.basis=int4"))),
+    Axis("products", "operands of the products with a basis; a batch in parts is rounded in parts", True, (
+        v("fp32"), v("bf16", "optim.products=bf16", reference={"in_backward": OWN}, drifts=True),
+    )),
     Axis("when", "when bases are refreshed", True, (
         v("every_gap"), v("stagger", "optim.stagger=true"), v("lazy", "optim.lazy=true", "optim.lazy_threshold=0.01"),
     )),
