@@ -190,20 +190,24 @@ class Subspace:
         # Squares of a very small or very large gradient leave fp32's range.
         wide = dtype if random or 1e-12 < size < 1e12 else torch.float64
         old = self.whole_basis(state, wide) if state["refreshes"] and not random else None
-        over = self.layout
+        over, own, weak = self.layout, grad, None
         if self.cut and not random:
             over = self.layout.like(self.shape, 1 if self.side == "left" else 0)
             grad = self.layout.move(grad, 1 if self.side == "left" else 0)
         new, captured, low, energies = self._find(grad, over, norm, old, state, wide, name)
         if low is not None and energies is not None and self.group["compat"] != "authors":
-            new, low = self._completed(new, low, energies, grad, name, state["refreshes"])
+            new, low, weak = self._completed(new, low, energies, grad, name, state["refreshes"])
         found = new
         if old is not None:
             turn = new @ old.T
             state["overlap"] = read(turn.square().sum() / len(turn), usual=1.0)
             new = self._align(new, turn, state, moments)
         self._settle(state, new, captured, name)
-        return low if new is found and wide == dtype and self.codec.in_place and not self.cut else None
+        if not (new is found and wide == dtype and self.codec.in_place):
+            return None
+        if not self.cut:
+            return low
+        return None if weak is None else self._silenced(self.project(own, new[:, self.layout.mine]), weak)
 
     def _settle(self, state: State, new: Tensor | None, captured: float, name: str) -> None:
         if new is not None:
@@ -271,11 +275,11 @@ class Subspace:
 
     def _completed(
         self, new: Tensor, low: Tensor, energies: Tensor, grad: Tensor, name: str, count: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put random rows, keyed by name and number, for those along which the gradient holds nothing but rounding.
 
         A gradient of lower rank leaves these to chance, and every way of sharding it would find others. Returns the
-        basis and the gradient projected by it.
+        basis, the gradient projected by it, which is zero along them, and which they are, if any.
         """
         # Squares are rounded as any number is, and so hold directions down to the root of that. An exact basis is found
         # from squares in fp64: beside those of fp32 gradients that is nothing.
@@ -284,9 +288,16 @@ class Subspace:
         exact = exact and state_dtype(grad.dtype) != torch.float64
         weak = energies <= energies.amax() * ((16 * eps) ** 2 if exact else eps)
         if not read(weak.any(), usual=0.0):
-            return new, low
+            return new, low, None
         new = redrawn_rows(new, weak, (name, count))
-        return new, project(grad, new, self.side)
+        return new, self._silenced(project(grad, new, self.side), weak, whole=True), weak
+
+    def _silenced(self, low: Tensor, weak: Tensor, *, whole: bool = False) -> Tensor:
+        """R, or this rank's part of it, without the rounding along rows of the basis that the gradient does not have:
+        Adam would divide it by its own size."""
+        if self.side == "right":
+            return low.masked_fill_(weak, 0.0)
+        return low.masked_fill_((weak if whole else weak[self.low.mine])[:, None], 0.0)
 
     def _align(self, new: Tensor, turn: Tensor, state: State, moments: Sequence[Moment]) -> Tensor:
         """Turn the new basis to the old one, or the moments to the new basis. `turn` is Q_new Q_old^T."""
