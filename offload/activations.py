@@ -29,7 +29,7 @@ from offload.policy import Policy, Verdict
 from offload.pool import Ledger
 from offload.recompute import recompute, tile_mlps
 from offload.saved import Compressed, Entry, Frame, Saved
-from offload.saving import Caller, given, has_storage, is_parameters_form, row_of
+from offload.saving import Caller, given, has_storage, is_on, is_parameters_form, row_of
 from offload.streams import Copies
 
 
@@ -164,7 +164,7 @@ class Activations:
         return lambda tensor: self._pack(frame, tensor)
 
     def _pack(self, frame: Frame, tensor: Tensor) -> Any:
-        if not has_storage(tensor) or tensor.device != self._device or self._is_weight(tensor):
+        if not has_storage(tensor) or not is_on(self._device, tensor) or self._is_weight(tensor):
             return tensor if tensor.grad_fn is None else tensor.detach()
         verdict = self._verdict(frame, tensor)
         entry = None if verdict.fate is Fate.keep else self._entry(frame, tensor, verdict)

@@ -52,7 +52,7 @@ class GradientsAway:
     def __init__(self, parameters: Sequence[Tensor], device: torch.device, copies: Copies) -> None:
         self.ledger = Ledger()
         self._parameters, self._device, self._copies = list(parameters), device, copies
-        self._pool = HostPool(pinned=device.type == "cuda", lasting=True)
+        self._pool = HostPool(pinned=device.type == "cuda")
         self._away: dict[Tensor, Buffer] = {}
         self._like: dict[Tensor, tuple[torch.Size, torch.dtype]] = {}
         self._flying: deque[Flying] = deque()

@@ -4,15 +4,21 @@ A pinned buffer takes milliseconds to make, and a step asks for the same sizes a
 is kept for the next taker of its size. Idle buffers are freed where the budget would otherwise refuse a new one.
 """
 
+import contextlib
 import errno
+import mmap
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation: of CUDA's own memory or of what the system lets a process lock."""
 
 
 class TierError(RuntimeError):
@@ -36,6 +42,13 @@ Memory = Tensor | NDArray[np.uint8]
 tensor that torch makes as the device's, and this is the other side of the border."""
 
 
+class UnderWay(Protocol):
+    """A copy that may not be done yet."""
+
+    def finish(self) -> None:
+        """Wait here, on the host, until it is."""
+
+
 @dataclass(eq=False)
 class Buffer:
     """Bytes of host memory on loan from a pool."""
@@ -43,6 +56,9 @@ class Buffer:
     nbytes: int
     memory: Memory | None
     """None where only the bookkeeping runs, on fake tensors."""
+    last: UnderWay | None = None
+    """The copy that used it last. Copies on CUDA come one after the other by themselves; a thread of the host that
+    fills the buffer for the next taker waits for this one first."""
 
 
 @dataclass
@@ -78,12 +94,10 @@ class HostPool:
     Args:
         budget: bytes at most, idle buffers included; None for no limit.
         pinned: whether buffers are page-locked, as asynchronous copies from and to CUDA need.
-        lasting: whether buffers stay lent for as long as the run lasts. torch's own pinned memory is rounded up to a
-            power of two, which it can use again; theirs has exactly the bytes asked for.
     """
 
-    def __init__(self, budget: int | None = None, *, pinned: bool = False, lasting: bool = False) -> None:
-        self.budget, self.pinned, self.lasting = budget, pinned, lasting
+    def __init__(self, budget: int | None = None, *, pinned: bool = False) -> None:
+        self.budget, self.pinned = budget, pinned
         self.reserved = 0
         """Bytes allocated: lent and idle."""
         self._idle: dict[int, list[Buffer]] = defaultdict(list)
@@ -110,11 +124,7 @@ class HostPool:
         self._idle[buffer.nbytes].append(buffer)
 
     def _allocate(self, nbytes: int) -> Memory:
-        if self.pinned and self.lasting:
-            return registered(nbytes)
-        if self.pinned:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        return np.empty(nbytes, np.uint8)
+        return registered(nbytes) if self.pinned else np.empty(nbytes, np.uint8)
 
     def _free_idle(self) -> None:
         self.reserved -= self.idle
@@ -122,14 +132,31 @@ class HostPool:
 
 
 def registered(nbytes: int) -> Tensor:
-    """(n,) bytes of ordinary memory that CUDA is told of, page-locked until the tensor is freed.
+    """(n,) bytes of ordinary memory that CUDA is told of, page-locked until nobody holds them.
 
-    As torch.distributed's checkpoints pin theirs (`_state_dict_utils._create_cpu_state_dict`).
+    torch's own pinned memory is rounded up to a power of two and never returned to the system; this is what was asked
+    for, to the page. Pages are nobody else's, as each can be registered once. Otherwise as torch.distributed's
+    checkpoints pin theirs (`_state_dict_utils._create_cpu_state_dict`).
+
+    Raises:
+        OSError: the system does not lock so much.
     """
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    status = int(cudart.cudaHostRegister(memory.data_ptr(), nbytes, 1))  # 1: for every CUDA context
+    pages = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    if not pages:
+        return torch.empty(0, dtype=torch.uint8)
+    room = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(room, np.uint8, nbytes)
+    address, cudart = array.ctypes.data, torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = int(cudart.cudaHostRegister(address, pages, 1))  # 1: for every CUDA context
     if status:
-        raise OSError(errno.ENOMEM, f"CUDA could not page-lock {nbytes:,} bytes of host memory (error {status})")
-    weakref.finalize(memory, cudart.cudaHostUnregister, memory.data_ptr())
-    return memory
+        forget_error()
+        code = errno.ENOMEM if status == OUT_OF_MEMORY else errno.EIO
+        raise OSError(code, f"CUDA could not page-lock {nbytes:,} bytes of host memory (error {status})")
+    weakref.finalize(array, cudart.cudaHostUnregister, address)
+    return torch.from_numpy(array)
+
+
+def forget_error() -> None:
+    """Take CUDA's last error out of its memory: torch would see it in the next kernel, which has no part in it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

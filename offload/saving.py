@@ -106,6 +106,11 @@ def has_storage(tensor: Tensor) -> bool:
     return plain and tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
 
 
+def is_on(device: torch.device, tensor: Tensor) -> bool:
+    """Whether a tensor is on `device`, which may be any of its type where it has no index."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
 def origin(tensor: Tensor, forms: frozenset[str]) -> Any:
     """Autograd's node of what a tensor is another form of; None for a leaf."""
     node: Any = tensor.grad_fn

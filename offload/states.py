@@ -48,7 +48,7 @@ class OffloadedStates(Residency):
         self.cfg, self.ledger, self.messages = cfg, Ledger(), list[str]()
         cuda = device.type == "cuda"
         budget = None if cfg.host_gib is None else int(cfg.host_gib * GIB)
-        self._pool = HostPool(budget, pinned=cuda, lasting=True)
+        self._pool = HostPool(budget, pinned=cuda)
         self._staging = HostPool(pinned=True) if cuda else None
         self._copies = copies or Copies(device)
         self._device = device

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offload.pool import Memory
+from offload.pool import Memory, UnderWay
 
 
 class Ticket:
@@ -62,7 +62,7 @@ class Copies:
 
     Args:
         device: where near memory is.
-        delay: seconds every threaded copy is held back, for tests.
+        delay: seconds that every copy is held back, for tests; on CUDA counted in cycles of its clock, about as long.
     """
 
     def __init__(self, device: torch.device, *, delay: float = 0.0) -> None:
@@ -108,13 +108,21 @@ class Copies:
 
         return self._thread("out", write)
 
-    def read(self, near: Tensor, staging: Tensor | None, get: Callable[[memoryview], None]) -> Ticket:
-        """Let `get` fill the bytes of `near`, on a thread; by way of `staging` to CUDA."""
+    def read(
+        self, near: Tensor, staging: Tensor | None, get: Callable[[memoryview], None], since: UnderWay | None = None
+    ) -> Ticket:
+        """Let `get` fill the bytes of `near`, on a thread; by way of `staging` to CUDA.
+
+        Args:
+            since: the copy that has used `staging` last: the thread, which no stream holds back, waits for it.
+        """
         if staging is None:
             return self._thread("back", lambda: get(byte_view(near)))
         ready = torch.cuda.current_stream(self._device).record_event()
 
         def read() -> Any:
+            if since is not None:
+                since.finish()
             get(byte_view(staging))
             return self._copy_cuda("back", near, staging, after=ready)
 
@@ -152,6 +160,8 @@ class Copies:
             if also is not None:
                 stream.wait_event(also)
             with torch.cuda.stream(stream):
+                if self._delay:
+                    torch.cuda._sleep(int(1e9 * self._delay))  # type: ignore[no-untyped-call]
                 target.copy_(source, non_blocking=True)
                 return stream.record_event()
 

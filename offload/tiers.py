@@ -168,9 +168,6 @@ class DiskRoom:
 
     def settled(self) -> None:
         """Note that the copies so far were waited for, so that their buffer serves others until the next one."""
-        for ticket in self._open:
-            ticket.finish()  # a reader of the disk writes to the buffer from the host
-        self._open.clear()
         self._unstage()
 
     def view(self) -> Tensor:
@@ -181,14 +178,14 @@ class DiskRoom:
     def get(self, near: Tensor) -> Ticket:
         if self._file is None or isinstance(near, FakeTensor):
             return DONE
-        file, offset = self._file, self._offset
-        return self._started(self._copies.read(near, self._stage(), lambda target: file.read(offset, target)))
+        file, offset, staging = self._file, self._offset, self._stage()
+        since = self._staging.last if self._staging is not None else None
+        return self._started(self._copies.read(near, staging, lambda target: file.read(offset, target), since))
 
     def close(self) -> None:
         for ticket in self._open:
             with contextlib.suppress(OSError):  # told to whoever waited for the bytes themselves
                 ticket.wait()
-        self._open.clear()
         self._unstage()
         self._ledger.hold(self.tier, -self._nbytes)
 
@@ -202,9 +199,12 @@ class DiskRoom:
         return self._staging.memory
 
     def _unstage(self) -> None:
+        """Give the buffer back, with the copy that the next reader of the disk, which is the host, waits for."""
         if self._staging is not None and self._pool is not None:
+            self._staging.last = self._open[-1] if self._open else None
             self._pool.give(self._staging)
             self._staging = None
+        self._open.clear()
 
     def _started(self, ticket: Ticket) -> Ticket:
         self._open.append(ticket)
