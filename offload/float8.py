@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from offload.compress import wide
+from offload.fused import Fused, pays
 from offload.saving import is_attentions_output
 
 MULTIPLE = 16
@@ -55,7 +56,7 @@ class Coded:
         """(m, n) fp32, in the order in memory of the codes."""
         if not self.codes.is_contiguous():
             return self.t().values().t()
-        return wide(self.codes.view(-1)).view(self.codes.shape) / self.scale
+        return wide(self.codes) / self.scale
 
 
 class Recipe:
@@ -76,18 +77,29 @@ class Recipe:
 
     def cast(self, x: Tensor, how: Any, dim: int) -> Coded:
         """Cast (m, n); `dim` is the one along which values share a scale, where not all do."""
-        from torchao.float8.config import ScalingGranularity
-        from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
+        from torchao.float8.float8_utils import amax_to_scale
 
-        granularity = ScalingGranularity.AXISWISE if is_axiswise(how) else ScalingGranularity.TENSORWISE
-        scale = tensor_to_scale(
-            x,
-            how.target_dtype,
-            scaling_granularity=granularity,
-            axiswise_dim=dim if is_axiswise(how) else None,
-            round_scales_to_power_of_2=self.cfg.round_scales_to_power_of_2,
-        )
-        return Coded(to_fp8_saturated(x.float() * scale, how.target_dtype), scale)
+        along = dim % 2 if is_axiswise(how) else None
+        shape = () if along is None else (x.shape[0], 1) if along else (1, x.shape[1])
+        peaks, codes = x.new_empty(shape), torch.empty_like(x, dtype=how.target_dtype)
+        (write_peaks if pays(x) else write_peaks.function)(peaks, x, along)
+        scale = amax_to_scale(peaks, how.target_dtype, self.cfg.round_scales_to_power_of_2)
+        (write_codes if pays(x) else write_codes.function)(codes, x, scale)
+        return Coded(codes, scale)
+
+
+@Fused
+def write_peaks(peaks: Tensor, x: Tensor, along: int | None) -> None:
+    """Largest magnitude of (m, n), of all or along a dim."""
+    magnitudes = x.abs()
+    peaks.copy_(magnitudes.amax() if along is None else magnitudes.amax(along, keepdim=True))
+
+
+@Fused
+def write_codes(codes: Tensor, x: Tensor, scale: Tensor) -> None:
+    """Codes (m, n) of x times its scale. Clamped, since torch up to 2.11 makes NaN of what is too large."""
+    top = torch.finfo(codes.dtype).max
+    codes.copy_((x.float() * scale).clamp_(-top, top))
 
 
 def is_axiswise(how: Any) -> bool:

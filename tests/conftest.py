@@ -8,6 +8,7 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as a run sets it; without it cuBLAS has no fixed bits
 # A step that torch compiles takes 20 s for its first shape; the one test of that sets its own environment.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

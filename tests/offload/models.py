@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload.activations import Activations
@@ -11,7 +11,6 @@ from offload.config import ActivationsConfig, Fate
 from offload.streams import Copies
 from trainer.adapt import blocks
 
-CPU = torch.device("cpu")
 LAYERS, HIDDEN = 4, 32
 
 
@@ -24,20 +23,20 @@ def llama(dtype: torch.dtype = torch.float32, **changed: Any) -> LlamaForCausalL
     return LlamaForCausalLM(LlamaConfig(**sizes | changed)).to(dtype).train()
 
 
-def managed(model: nn.Module, *rules: str, delay: float = 0.0, dedupe: bool = True, **options: Any) -> Activations:
+def managed(model: Any, *rules: str, delay: float = 0.0, dedupe: bool = True, **options: Any) -> Activations:
     """Put a policy on `model`; copies are held back for `delay` seconds each."""
     options = {"min_bytes": 0, "fate": Fate.keep, "rules": list(rules)} | options
-    copies = Copies(CPU, delay=delay)
-    return Activations(ActivationsConfig(**options), blocks(model), CPU, copies=copies, dedupe=dedupe)
+    copies = Copies(model.device, delay=delay)
+    return Activations(ActivationsConfig(**options), blocks(model), model.device, copies=copies, dedupe=dedupe)
 
 
 def rows(count: int = 2, length: int = 24) -> Tensor:
     return torch.randint(0, 64, (count, length), generator=torch.Generator().manual_seed(7))
 
 
-def step(model: nn.Module, ids: Tensor | None = None) -> list[Tensor]:
+def step(model: Any, ids: Tensor | None = None) -> list[Tensor]:
     """Loss and gradients of one forward and backward, dropout as seeded."""
-    ids = rows() if ids is None else ids
+    ids = (rows() if ids is None else ids).to(model.device)
     torch.manual_seed(1)
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -1,13 +1,18 @@
 """FP8 and int8 codes of activations: error bounds by the format, special values, and what a block holds then."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from offload import compress
 from offload.compress import FP8_GROUP, INT8_GROUP, PIECE, decode, encode, wide
 from offload.config import Fate
+from offload.fused import Fused
 from tests.offload.models import llama, managed, rows, step
 
 
@@ -154,3 +159,59 @@ def test_a_hidden_state_with_as_many_values_as_the_embedding_is_no_form_of_it() 
     model(input_ids=ids, use_cache=False)
     hidden = 4 * 16 * 32 * 4
     assert policy.frames[0].moved == policy.frames[1].moved >= 10 * hidden
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """torch.compile as users have it; the other tests are spared its seconds."""
+    names = ("raise_peaks", "write_codes", "write_values")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.config, "disable", False)
+        for name in names:
+            patch.setattr(compress, name, Fused(getattr(compress, name).function))
+        yield
+        assert all(getattr(compress, name).works for name in names)
+
+
+def require_same_codes_fused(device: str) -> None:
+    """Fused on `device`, in pieces on `device`, and on a CPU: codes, scales and what they stand for are the same."""
+    for integers, group in [(False, FP8_GROUP), (False, 0), (True, INT8_GROUP)]:
+        for dtype in (torch.bfloat16, torch.float32):
+            x = (normal(192 * 512) * torch.linspace(-6, 6, 192 * 512).exp()).to(dtype)
+            cpu = encode(x, integers=integers, group=group, row=512, fused=False)
+            for fused in (True, False):
+                coded = encode(x.to(device), integers=integers, group=group, row=512, fused=fused)
+                assert coded.fused is fused and torch.equal(coded.scales.cpu(), cpu.scales)
+                assert torch.equal(coded.codes.cpu().view(torch.uint8), cpu.codes.view(torch.uint8)), (group, fused)
+                assert torch.equal(decode(coded).cpu(), decode(cpu))
+
+
+@pytest.mark.slow
+def test_one_kernel_makes_the_codes_that_operators_make() -> None:
+    with compiling():
+        require_same_codes_fused("cpu")
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_codes_that_a_cpu_makes() -> None:
+    with compiling():
+        require_same_codes_fused("cuda")
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_written_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    fill = Fused(lambda out, value: out.copy_(value))
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: broken)
+    out = torch.zeros(3)
+    with pytest.warns(UserWarning, match="torch.compile does not work here .no compiler."):
+        fill(out, torch.tensor(2.0))
+    fill(out, torch.tensor(3.0))
+    assert not fill.works and (out == 3).all()
+    with FakeTensorMode():
+        fill(torch.empty(3), torch.empty(3))
+
+
+def test_ragged_rows_are_never_fused() -> None:
+    assert not encode(normal(200), integers=False, group=16, row=100, fused=True).fused

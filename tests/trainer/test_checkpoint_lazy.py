@@ -85,9 +85,9 @@ class Told:
         self.notice, self.warn, self.beside = self.notices.append, self.warnings.append, self.shown.append
 
 
-def trained(folder: Path, mode: str, method: str) -> dict[str, Any]:
+def trained(folder: Path, mode: str, method: str, device: str = "cpu") -> dict[str, Any]:
     """Take four steps of a tiny model and save after each, without waiting for anything that need not be waited for."""
-    world = World()
+    world = World(device=torch.device(device))
     options = [*METHODS[method], "model.dropout=0.1", "train.global_batch=4", "train.micro_batch=2"]
     built = tiny.trainable(world, options)
     store, recorder = CheckpointStore(folder / "checkpoints", keep=0, verify=True), Told()
@@ -116,12 +116,27 @@ def test_every_mode_writes_the_same_bytes(method: str, tmp_path: Path, monkeypat
     assert trained(tmp_path / "unheld", "lazy", method) != expected, "a missing wait must show"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["adamw", "in_backward"])
+def test_every_mode_writes_the_same_bytes_from_a_gpu(method: str, tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = trained(tmp_path / "sync", "sync", method, "cuda:0")
+        assert trained(tmp_path / "async", "async", method, "cuda:0") == expected
+        assert trained(tmp_path / "lazy", "lazy", method, "cuda:0") == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="module")
 def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An uninterrupted run, and a lazy one that was killed before the checkpoint of its last step was there."""
-    folder = tmp_path_factory.mktemp("runs")
+    return whole_and_resumed(text, tmp_path_factory.mktemp("runs"))
+
+
+def whole_and_resumed(text: Path, folder: Path, *more: str) -> tuple[Path, Path]:
     whole, parts = folder / "whole", folder / "parts"
-    run(load(overrides(text, whole)))
+    run(load(overrides(text, whole, *more)))
     genuine = trainer.loop.train_step
 
     def stopping(built: Any, batch: Any, index: int, stop: int) -> Any:
@@ -129,13 +144,22 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(trainer.loop, "train_step", stopping)
-        run(load(overrides(text, parts, "checkpoint.mode=lazy")))
+        run(load(overrides(text, parts, "checkpoint.mode=lazy", *more)))
     shutil.rmtree(parts / "checkpoints" / "step_00000003")  # of the signal, which is waited for in every mode
-    run(load(overrides(text, parts, "checkpoint.mode=lazy")))
+    run(load(overrides(text, parts, "checkpoint.mode=lazy", *more)))
     return whole, parts
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_from_a_lazy_checkpoint_as_if_nothing_had_happened(text: Path, tmp_path: Path) -> None:
+    require_same_runs(whole_and_resumed(text, tmp_path, "run.device=cuda"))
+
+
 def test_a_run_resumed_from_a_lazy_checkpoint_equals_the_uninterrupted_one(runs: tuple[Path, Path]) -> None:
+    require_same_runs(runs)
+
+
+def require_same_runs(runs: tuple[Path, Path]) -> None:
     whole, parts = (content(folder) for folder in runs)
     assert parts == whole and len(whole) == 4
     losses = [[r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] for folder in runs]

@@ -90,6 +90,22 @@ def test_in_bf16_the_reported_loss_is_right_and_gradients_are_as_good_as_the_pla
         assert (one - reference).norm() <= max(3e-3 * reference.norm(), 1.2 * (other - reference).norm())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_a_gpu_too(name: str) -> None:
+    """In fp32 that of fp64; in bf16 right as it is reported, with gradients as good as the plain ones."""
+    tensors = [None if t is None else t.cuda() for t in case(rows=2048, rounded=torch.bfloat16)]
+    exact, expected = gradients(plain, tensors, torch.float64, VARIANTS[name])
+    loss, found = gradients(linear_loss_sum, tensors, torch.float32, VARIANTS[name])
+    assert abs(float(loss - exact)) <= 1e-6 * max(float(exact), 1)
+    assert all((one - other).norm() <= 1e-6 * other.norm() for one, other in zip(found, expected, strict=True))
+    loss, found = gradients(linear_loss_sum, tensors, torch.bfloat16, VARIANTS[name])
+    assert loss.dtype == torch.float32 and abs(float(loss - exact)) <= 1e-3
+    _, usual = gradients(plain, tensors, torch.bfloat16, VARIANTS[name])
+    for one, other, reference in zip(found, usual, expected, strict=True):
+        assert (one - reference).norm() <= max(3e-3 * reference.norm(), 1.2 * (other - reference).norm())
+
+
 def test_in_bf16_gradients_are_scaled_by_one_in_all_targets_and_not_by_what_bf16_makes_of_it() -> None:
     """1/337 is 0.24 % from its bf16."""
     *values, labels = case(rows=422, rounded=torch.bfloat16)
