@@ -3,8 +3,10 @@
     python -m benchmarks.optimizer_offload [--size 7B] [--blocks 8] [--optim adamw,galore] [--window 128]
 
 Each arm steps the matrices of some LLaMA blocks with the same gradients in a process of its own. `resident` keeps its
-states; `host` and `disk` bring them window by window; `host, whole` has one window for all, so that nothing overlaps
-(the arm known to be slow, and large); `bnb paged` is bitsandbytes' AdamW in CUDA's managed memory, on CUDA alone.
+states; `host` and `disk` bring them window by window; `host step` leaves them on the host and steps there (gradients
+leave after backward here, where `offload.gradients` would have hidden that in it); `host, whole` has one window for
+all, so that nothing overlaps (the arm known to be slow, and large); `bnb paged` is bitsandbytes' AdamW in CUDA's
+managed memory, on CUDA alone.
 Device bytes: the allocator's on CUDA; on CPU the storages counted, as the device there is the process itself.
 """
 
@@ -21,13 +23,13 @@ import torch
 
 from benchmarks.optimizer_arms import SIZES
 from benchmarks.report import print_table, spread, write_result
-from offload.config import OffloadConfig, StatePlace
-from offload.states import OffloadedStates
+from offload.config import OffloadConfig, StatePlace, StepPlace
+from offload.host_step import states_away
 from optim import registry
 from optim.residency import kept_by
 from trainer.memory import format_bytes
 
-ARMS = ("resident", "host", "host, whole", "disk", "bnb paged")
+ARMS = ("resident", "host", "host step", "host, whole", "disk", "bnb paged")
 
 
 def measure(arm: str, optim: str, size: str, blocks: int, window: float, rounds: int) -> dict[str, Any]:
@@ -47,8 +49,9 @@ def measure(arm: str, optim: str, size: str, blocks: int, window: float, rounds:
     states = None
     if arm not in ("resident", "bnb paged"):
         place = StatePlace.disk if arm == "disk" else StatePlace.host
-        chosen = OffloadConfig(states=place, window_mib=1e6 if arm == "host, whole" else window)
-        states = OffloadedStates(chosen, device)
+        step = StepPlace.host if arm == "host step" else StepPlace.device
+        chosen = OffloadConfig(states=place, step=step, window_mib=1e6 if arm == "host, whole" else window)
+        states = states_away(chosen, device)
     with kept_by(states) if states is not None else nullcontext():
         optimizer = registry.build(cfg, named)
     optimizer.check_finite = False
@@ -69,7 +72,7 @@ def measure(arm: str, optim: str, size: str, blocks: int, window: float, rounds:
         "device_bytes_between_steps": before,
         "device_bytes_peak": peak,
         "elsewhere_bytes": moved,
-        "gib_per_second_each_way": moved / 2**30 / median,
+        "gib_per_second_of_states": moved / 2**30 / median,
         "weights": sum(p.numel() for _, p in named),
     }
 

@@ -39,6 +39,13 @@ class StatePlace(Enum):
     disk = "disk"
 
 
+class StepPlace(Enum):
+    """Where parameters step whose states are in host memory."""
+
+    device = "device"
+    host = "host"
+
+
 @dataclass(frozen=True)
 class Rule:
     """One line of `activations.rules`, taken apart."""
@@ -191,6 +198,10 @@ class OffloadConfig:
     """Where optimizer states are between two steps. `none`: on the device that trains. `host`: in host memory, pinned
     beside CUDA. `disk`: in a file. From there they come to step, window by window, and go back; the result is the
     same, to the bit."""
+    step: StepPlace = StepPlace.device
+    """Where parameters step whose states are in host memory. `device`: states come there and go back. `host`: they
+    stay; gradients come to the host, and weights go back (ZeRO-Offload), of which the host keeps a copy. For links that
+    are slow beside the host's memory; with torch's fused kernels of the CPU."""
     window_mib: float = 128.0
     """MiB of states that step at a time; as much arrives meanwhile, and as much leaves. A parameter that has more by
     itself is a window of its own."""
@@ -224,7 +235,8 @@ class OffloadConfig:
             for name in ("window_mib", "host_gib", "disk_gib")
             if (value := getattr(self, name)) is not None and not value > 0
         ]
-        only = {"host_gib": StatePlace.host, "disk_gib": StatePlace.disk, "disk_dir": StatePlace.disk}
+        only = dict.fromkeys(("step", "host_gib"), StatePlace.host)
+        only |= dict.fromkeys(("disk_gib", "disk_dir"), StatePlace.disk)
         for name in ("window_mib", "gradients", "when_full", *only):
             value, place = getattr(self, name), only.get(name, self.states)
             if value != getattr(OffloadConfig, name) and (self.states is StatePlace.none or self.states is not place):

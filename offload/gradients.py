@@ -126,7 +126,7 @@ class GradientsAway:
     @torch.no_grad()
     def norms(self) -> Tensor:
         """2-norm of this rank's part of each gradient there is, here or away; (count,) on the device."""
-        self._arrive_all()
+        self.arrive_all()
         held = [p for p in self._parameters if p in self._away or p.grad is not None]
         if any(self._away[p].memory is None for p in held if p in self._away):  # on fake tensors
             return torch.ones(len(held), device=self._device)
@@ -160,11 +160,12 @@ class GradientsAway:
 
     def clear(self) -> None:
         """Forget all gradients that are away."""
-        self._arrive_all()
+        self.arrive_all()
         for p in list(self._away):
             self.release(p)
 
-    def _arrive_all(self) -> None:
+    def arrive_all(self) -> None:
+        """Wait, on the host, until all that left is in host memory and added up."""
         self._land()
         self._sum_up()
         if self._device.type == "cuda" and self._away:
@@ -193,6 +194,14 @@ class GradientsAway:
         if p in self._factors:
             near.mul_(self._factors.pop(p))
         p.grad = with_part(p, near) if isinstance(p, DTensor) else near
+
+    @torch.no_grad()
+    def there(self, p: Tensor) -> Tensor:
+        """This rank's part of a gradient that is away, where it lies, as it is to be stepped with; once all arrived."""
+        part = self._part(p)
+        if p in self._factors:
+            part.mul_(self._factors.pop(p).cpu())
+        return part
 
     def release(self, p: Tensor) -> None:
         """Free a gradient, here and there."""

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from offload.pool import Ledger, TierLost
+from offload.pool import ALIGN, Ledger, TierLost
 from offload.streams import Ticket
 from offload.tiers import Room
 from optim.residency import State
 from parallel.dtensor import Layout, with_part
-
-ALIGN = 64
-"""Bytes: where a tensor may begin, as kernels that load vectors ask."""
 
 
 class Parcel:

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+ALIGN = 64
+"""Bytes: where torch's allocator lets tensors begin."""
 OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation: of CUDA's own memory or of what the system lets a process lock."""
 
@@ -124,7 +126,11 @@ class HostPool:
         self._idle[buffer.nbytes].append(buffer)
 
     def _allocate(self, nbytes: int) -> Memory:
-        return registered(nbytes) if self.pinned else np.empty(nbytes, np.uint8)
+        if self.pinned:
+            return registered(nbytes)
+        # where torch's own tensors would begin: with the place of an operand a product's order of sums may change
+        room = np.empty(nbytes + ALIGN, np.uint8)
+        return room[(begin := -room.ctypes.data % ALIGN) : begin + nbytes]
 
     def _free_idle(self) -> None:
         self.reserved -= self.idle

@@ -11,13 +11,13 @@ run that keeps its states, on the same operands, so the numbers are too: in a ho
 one by one, as in a step. Which window comes when follows from names and global shapes, so that ranks agree.
 
 A state that its tier fails to take stays here, whole, as it is freed only when the copy out is known to be good.
-Specification: ZeRO-Offload and ZeRO-Infinity move the step to the host instead, for Adam alone; here every optimizer
-keeps its own step, low-rank products and sums over ranks included, at the price of both ways for the moments.
+`host_step.py` leaves the states where they are and steps there.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -115,13 +115,13 @@ class OffloadedStates(Residency):
             self._send(parcel)
             self._let_go(but=1)
 
-    def batches(self, asked: list[Window]) -> Iterator[Window]:
+    def batches(self, asked: list[Window], states: MutableMapping[Tensor, State]) -> Iterator[Window]:
         self.require_room()
         self.rest()
         windows = list(self._windows(asked))
         for _, params in windows[:1]:
             self._fetch(params)
-        for (group, params), following in zip(windows, [*windows[1:], None], strict=True):
+        for (group, params), following in zip_longest(windows, windows[1:]):
             parcels = [self._parcels[p] for p in params]
             if following is not None:
                 self._fetch(following[1])

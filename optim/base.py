@@ -139,8 +139,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
                 self._require_state(p, group)  # of one unfrozen since construction
             if params:
                 asked.append((group, params))
-        for group, params in self.residency.batches(asked):
-            self.update(params, group)
+        for group, params in self.residency.batches(asked, self.state):
+            with self.residency.stepping():
+                self.update(params, group)
         return loss
 
     def _require_state(self, p: Tensor, group: Group) -> None:

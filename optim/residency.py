@@ -5,7 +5,7 @@ optimizer knows that states travel: while they are here, they are the tensors th
 """
 
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,9 +23,18 @@ class Residency:
     def admit(self, p: Tensor, state: State) -> None:
         """Take charge of a new state; its tensors keep their identity, their storage may change."""
 
-    def batches(self, asked: list[tuple[Group, list[Tensor]]]) -> Iterator[tuple[Group, list[Tensor]]]:
-        """Yield all of `asked`, in order, in pieces whose states are here until the next one is asked for."""
+    def batches(
+        self, asked: list[tuple[Group, list[Tensor]]], states: MutableMapping[Tensor, State]
+    ) -> Iterator[tuple[Group, list[Tensor]]]:
+        """Yield all of `asked`, in order, in pieces whose states are here until the next one is asked for.
+
+        Where others step in the place of parameters, the group lists them there, and `states` has theirs meanwhile.
+        """
         yield from asked
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Return the context in which a piece is stepped."""
+        return nullcontext()
 
     def has_gradient(self, p: Tensor) -> bool:
         """Whether there is a gradient to step with, here or where it comes from with its state."""

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from offload.activations import Activations
 from offload.float8 import plain_products
+from offload.host_step import states_away
 from offload.pool import TierError
 from offload.states import OffloadedStates, offloaded
 from optim import registry
@@ -120,7 +121,7 @@ def try_out(cfg: Config, world: World, model: nn.Module, vocab_size: int) -> Non
 def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, Engine, InBackward | None]:
     """Lay `model` over the ranks; return the optimizer of what is left here, its engine, and its update in backward."""
     spread = place(cfg, world, model)
-    with kept_by(OffloadedStates(cfg.offload, world.device)) if cfg.offload.moves_states else nullcontext():
+    with kept_by(states_away(cfg.offload, world.device)) if cfg.offload.moves_states else nullcontext():
         asked = settled(cfg, world.device)
         optimizer = registry.build(asked, spread.named_parameters(), rounding=rounding(cfg.precision))
     states, away = offloaded(optimizer), None

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from offload.config import ActivationsConfig, Fate, OffloadConfig, StatePlace
+from offload.config import ActivationsConfig, Fate, OffloadConfig, StatePlace, StepPlace, WhenFull
 from parallel.config import EngineName
 from trainer.schema import Config
 
@@ -29,6 +29,17 @@ def states_problems(cfg: Config) -> list[str]:
         found.append(
             "offload.gradients=true: with optim.in_backward=true each gradient is stepped with and freed as soon as it "
             "is complete, so that none is left to leave; use one of the two"
+        )
+    if cfg.offload.step is StepPlace.host and cfg.optim.in_backward:
+        found.append(
+            "offload.step=host: with optim.in_backward=true backward would wait for the host at every parameter; use "
+            "offload.step=device, or optim.in_backward=false with offload.gradients=true, which frees gradients in "
+            "backward too"
+        )
+    if cfg.offload.step is StepPlace.host and cfg.offload.when_full is WhenFull.keep:
+        found.append(
+            "offload.when_full=keep: with offload.step=host parameters step where their states are, and ranks would "
+            "step some here and some there; use offload.when_full=stop, or offload.step=device"
         )
     if "_paged_" in cfg.optim.name:
         other = "adamw" if cfg.optim.name == "bnb_paged_adamw" else cfg.optim.name.replace("paged_", "")

@@ -178,6 +178,7 @@ AXES: tuple[Axis, ...] = (
     Axis("offload", "where optimizer states are between two steps", False, (
         v("none"), v("host", "offload.states=host", WINDOW), v("disk", "offload.states=disk", WINDOW),
         v("host_gradients", "offload.states=host", "offload.gradients=true", WINDOW),
+        v("host_step", "offload.states=host", "offload.step=host", WINDOW),
     )),
     Axis("activations", "what becomes of saved activations; what 8-bit codes lose, the reference loses too", False, (
         v("keep"),

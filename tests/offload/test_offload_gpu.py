@@ -98,6 +98,17 @@ def test_a_run_with_states_and_gradients_elsewhere_is_the_resident_one(method: l
     assert moved.held == {**resident.held, "states": 0}
 
 
+@pytest.mark.parametrize("more", [[], ["offload.gradients=true"]], ids=" ".join)
+def test_a_step_on_the_host_is_the_devices_to_rounding(more: list[str]) -> None:
+    """Its kernels are the CPU's (`test_offload_states` holds it to those, to the bit)."""
+    case, world = ["precision=fp32", "optim=sgd", MICRO], World(device=CUDA)
+    resident, moved = train(case, world, 3), train([*case, *HOST, "offload.step=host", *more], world, 3)
+    assert resident.losses == pytest.approx(moved.losses, rel=1e-6)
+    for name, tensor in {**resident.weights, **resident.states}.items():
+        assert torch.allclose(tensor.cpu(), {**moved.weights, **moved.states}[name].cpu(), rtol=1e-5, atol=1e-7), name
+    assert moved.held == {**resident.held, "states": 0}
+
+
 def test_gradients_that_leave_are_clipped_as_ever() -> None:
     case, world = ["optim=sgd", MICRO, "precision=fp32"], World(device=CUDA)
     resident, moved = train(case, world, 3), train([*case, *HOST, "offload.gradients=true"], world, 3)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.config import OffloadConfig, StatePlace, WhenFull
+from offload.config import OffloadConfig, StatePlace, StepPlace, WhenFull
+from offload.host_step import HostStep, states_away
 from offload.pool import TierFull, TierLost
-from offload.states import OffloadedStates, offloaded
+from offload.states import offloaded
 from offload.streams import Copies
 from offload.tiers import SpillFile
 from optim import registry
@@ -47,7 +48,7 @@ def built(
     states = None
     if place != "none":
         chosen = OffloadConfig(**{"states": StatePlace[place], "window_mib": 0.02} | options)
-        states = OffloadedStates(chosen, device, copies=Copies(device, delay=delay))
+        states = states_away(chosen, device, copies=Copies(device, delay=delay))
     with kept_by(states) if states is not None else nullcontext():
         return registry.build(cfg, named), [p for _, p in named]
 
@@ -76,7 +77,7 @@ def here(optimizer: MemoryOptimizer) -> int:
 
 def require_same(one: MemoryOptimizer, other: MemoryOptimizer, params: list[Any], others: list[Any]) -> None:
     """Weights and states are equal, to the bit."""
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True)), "weights"
+    assert all(torch.equal(p.cpu(), q.cpu()) for p, q in zip(params, others, strict=True)), "weights"
     saved, seen = one.state_dict()["state"], other.state_dict()["state"]
     for index, state in saved.items():
         for key, value in state.items():
@@ -88,9 +89,13 @@ def require_same(one: MemoryOptimizer, other: MemoryOptimizer, params: list[Any]
             assert same, f"{key} of parameter {index}"
 
 
-def check(name: str, place: str, device: torch.device = CPU) -> None:
-    resident, params = built(name, device=device)
-    moved, others = built(name, place, delay=0.001, device=device)
+ON_HOST = {"step": StepPlace.host}
+
+
+def check(name: str, place: str, device: torch.device = CPU, on_host: bool = False) -> None:
+    """On the host they are held against an optimizer on the CPU, whose kernels it has."""
+    resident, params = built(name, device=CPU if on_host else device)
+    moved, others = built(name, place, delay=0.001, device=device, **(ON_HOST if on_host else {}))
     train(resident, params)
     train(moved, others)
     assert here(moved) == 0, "between two steps no state is here"
@@ -99,7 +104,11 @@ def check(name: str, place: str, device: torch.device = CPU) -> None:
     assert states is not None
     held = states.ledger.held[place]
     assert here(resident) <= held < here(resident) + 64 * len(tensors(resident))
-    assert states.ledger.out[place] == 5 * held and states.ledger.back[place] == 4 * held  # once more at birth
+    steps = 0 if on_host else 4
+    assert states.ledger.out[place] == (steps + 1) * held and states.ledger.back[place] == steps * held  # once at birth
+    if isinstance(states, HostStep):
+        weights = sum(p.nbytes for p in others if moved.state[p])
+        assert states.ledgers["weights_"].held["host"] == weights and not states.ledgers["gradients_"].held["host"]
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
@@ -108,10 +117,16 @@ def test_every_optimizer_steps_with_states_elsewhere_as_with_its_own(name: str, 
     check(name, place)
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_every_optimizer_steps_on_the_host_as_where_its_weights_are(name: str) -> None:
+    check(name, "host", on_host=True)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("on_host", [False, True], ids=["here", "on_the_host"])
 @pytest.mark.parametrize("name", THEIRS)
-def test_other_packages_optimizers_do_too(name: str) -> None:
-    check(name, "host")
+def test_other_packages_optimizers_do_too(name: str, on_host: bool) -> None:
+    check(name, "host", on_host=on_host)
 
 
 @pytest.mark.gpu
@@ -119,6 +134,12 @@ def test_other_packages_optimizers_do_too(name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_on_cuda_too_beside_the_compute_stream(name: str, place: str) -> None:
     check(name, place, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OURS)
+def test_a_step_on_the_host_of_a_gpu_is_the_cpus(name: str) -> None:
+    check(name, "host", torch.device("cuda"), on_host=True)
 
 
 @pytest.mark.parametrize("name", ["adamw", "galore_8bit"])
@@ -145,6 +166,29 @@ def group(optimizer: MemoryOptimizer, index: int) -> Any:
     """The group of the parameter that has this place in SHAPES."""
     name = list(SHAPES)[index]
     return next(each for each in optimizer.param_groups if name in each["param_names"])
+
+
+@pytest.mark.parametrize("options", [{}, ON_HOST], ids=["here", "on_the_host"])
+def test_a_step_without_gradients_changes_nothing(options: dict[str, Any]) -> None:
+    moved, params = built("adamw", "host", **options)
+    before = [p.clone() for p in params]
+    moved.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)) and here(moved) == 0
+
+
+def test_weights_that_others_write_to_are_what_steps_on_the_host() -> None:
+    """As when a checkpoint is loaded between two steps; also where no gradient comes in the step after."""
+    resident, params = built("adamw")
+    moved, others = built("adamw", "host", **ON_HOST)
+    for optimizer, each in ((resident, params), (moved, others)):
+        train(optimizer, each, 1)
+        with torch.no_grad():
+            each[0].mul_(2)
+        give_gradients(each, 1)
+        each[0].grad = None
+        optimizer.step()
+        train(optimizer, each, 1)
+    require_same(resident, moved, params, others)
 
 
 def test_three_windows_are_here_at_the_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,14 @@ WINDOW = "offload.window_mib=0.005"
 MICRO = "train.micro_batch=3"
 HOST, DISK = ["offload=host", WINDOW], ["offload=disk", WINDOW]
 AWAY = [*HOST, "offload.gradients=true"]
+STEPPED = [*HOST, "offload.step=host"]
 GALORE = ["optim=galore", "optim.rank=4", "optim.update_proj_gap=2"]
 """With clipping to the global norm (`BASE`), refreshed at the first and the third step."""
 CASES = [
     (["optim=adamw", "parallel.zero=1"], DISK),
     ([*GALORE, "parallel.zero=3", "parallel.accumulate=local"], AWAY),
     ([*GALORE, "parallel.zero=3", "optim.in_backward=true", "train.clip_by=parameter"], HOST),
+    ([*GALORE, "parallel.zero=2"], [*STEPPED, "offload.gradients=true"]),
 ]
 MORE = [
     ([f"optim={name}", *more, f"parallel.zero={zero}"], tier)
@@ -39,6 +41,11 @@ MORE = [
     (["optim=adamw", "parallel.zero=2", "train.clip_by=parameter"], AWAY),
     ([*GALORE, "parallel.zero=0"], DISK),
     ([*GALORE, "parallel.zero=2"], HOST),
+    ([*GALORE, "parallel.zero=0"], STEPPED),
+    (["optim=qgalore", *GALORE[1:], "precision=int8_sr", "parallel.zero=3"], STEPPED),
+    (["optim=adamw_8bit", "parallel.zero=1"], STEPPED),
+    (["optim=fira", *GALORE[1:], "precision=bf16_sr", "parallel.zero=3"], [*STEPPED, "offload.gradients=true"]),
+    (["optim=cosmos", "optim.rank=4", "parallel.zero=1"], STEPPED),
 ]  # fmt: skip
 
 
@@ -79,10 +86,13 @@ def test_an_update_in_backward_brings_each_state_in_time(clip: str) -> None:
     require_same(train(case, World(), 4), train([*case, *DISK], World(), 4))
 
 
-@pytest.mark.parametrize("more", [[], ["train.clip_by=parameter"], ["precision=bf16_sr"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [[], ["train.clip_by=parameter"], ["precision=bf16_sr"], ["offload.step=host"]], ids=str
+)
 def test_gradients_that_leave_in_backward_add_up_and_clip_as_ever(more: list[str]) -> None:
-    case = [*GALORE, "train.micro_batch=4", *more]
-    require_same(train(case, World(), 3), train([*case, *AWAY], World(), 3))
+    case = [*GALORE, "train.micro_batch=4"]
+    resident = [*case, *(option for option in more if not option.startswith("offload"))]
+    require_same(train(resident, World(), 3), train([*case, *AWAY, *more], World(), 3))
 
 
 def test_gradients_that_leave_are_never_all_on_the_device() -> None:
@@ -126,7 +136,7 @@ def chained(folder: Path, chain: list[list[str]]) -> dict[str, Tensor]:
 
 def test_checkpoints_do_not_know_where_states_were(tmp_path: Path) -> None:
     wanted = chained(tmp_path / "resident", [[], [], []])
-    found = chained(tmp_path / "moved", [DISK, [], HOST])
+    found = chained(tmp_path / "moved", [DISK, STEPPED, HOST])
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
@@ -145,14 +155,14 @@ def test_sharded_checkpoints_do_not_either(tmp_path: Path) -> None:
     assert all(torch.isfinite(tensor).all() for name, tensor in alone.items() if name.startswith("model/"))
 
 
-@pytest.mark.parametrize("tier", [HOST, DISK], ids=["host", "disk"])
+@pytest.mark.parametrize("tier", [HOST, DISK, STEPPED], ids=["host", "disk", "step-on-host"])
 def test_a_plan_is_what_is_counted_and_the_device_has_the_states_bytes_less(tier: list[str]) -> None:
     overrides = [*NARROW, "optim=adamw"]
     moved, resident = plan(*overrides, *tier), plan(*overrides)
     assert peaks(moved) == real_peaks([*overrides, *tier])
     forward, before = (found.steps["steady"].peak_by_phase["forward"].by_kind for found in (moved, resident))
     assert forward == {**before, "states": 0} and before["states"] > 0
-    (held,) = moved.steps["steady"].elsewhere.values()
+    held = moved.steps["steady"].elsewhere[f"states_{tier[0].partition('=')[2]}"]
     assert before["states"] <= held < 1.1 * before["states"]  # states of this model are small: 64 bytes a tensor show
 
 
@@ -167,6 +177,10 @@ def test_a_plan_is_what_is_counted_and_the_device_has_the_states_bytes_less(tier
         (["offload=host", "offload.disk_gib=1"], "no states go to disk; use offload.states=disk"),
         (["offload.when_full=keep"], "offload.when_full=keep: has no effect, as no states go to host"),
         (["offload=host", "optim=bnb_paged_adamw"], "pages its states between device and host by itself"),
+        (["offload=disk", "offload.step=host"], "no states go to host; use offload.states=host"),
+        (["offload.step=host"], "offload.step=host: has no effect, as no states go to host"),
+        (["offload=host", "offload.step=host", "optim.in_backward=true"], "backward would wait for the host"),
+        (["offload=host", "offload.step=host", "offload.when_full=keep"], "ranks would step some here and some there"),
         (["offload.gradients=true"], "offload.gradients=true: has no effect, as no states go to host"),
         (["offload=host", "offload.gradients=true", "optim.in_backward=true"], "none is left to leave"),
         (

@@ -36,6 +36,11 @@ __all__ = [
     "format_bytes",
 ]
 
+KINDS_BESIDE = {
+    "activations": "", "optimizer states": "states_", "gradients": "gradients_", "copies of weights": "weights_",
+}  # fmt: skip
+"""What may lie beside the device, and the prefix of its tiers in `Timeline.elsewhere`."""
+
 _OFF = nullcontext()
 
 
@@ -187,7 +192,7 @@ def by_kind_line(by_kind: dict[str, int]) -> str:
 def beside_text(elsewhere: Mapping[str, int]) -> list[str]:
     """What lies beside the device, as of `Timeline.elsewhere`: a sentence for each kind."""
     found = []
-    for what, prefix in {"activations": "", "optimizer states": "states_", "gradients": "gradients_"}.items():
+    for what, prefix in KINDS_BESIDE.items():
         places = {"host": "host memory", "disk": "files on disk"}
         held = [
             f"{format_bytes(elsewhere[prefix + t])} of {name}" for t, name in places.items() if prefix + t in elsewhere

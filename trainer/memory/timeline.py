@@ -59,7 +59,7 @@ class Timeline:
     """CUDA only: the allocator's peaks of each phase, in bytes allocated and requested."""
     elsewhere: dict[str, int] = field(default_factory=dict)
     """Bytes that other tiers held at the most: of activations `host` and `disk`, of states `states_host` and
-    `states_disk`, of gradients `gradients_host`; not among those of the device."""
+    `states_disk`, of gradients `gradients_host`, of copies of weights `weights_host`; not among those of the device."""
 
     def fill(self, records: Sequence[Record], samples: int, spans: list[Span]) -> None:
         """Lay the lives of the storages over `samples` samples."""
