@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +45,43 @@ def test_exact_fates_give_the_same_loss_and_gradients_bit_for_bit(name: str, ded
     managed(model, dedupe=dedupe, delay=0.001, **EXACT[name])
     for _ in range(2):
         assert same(step(model), expected)
+
+
+COMMON: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+WIDE: dict[str, Any] = {"intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**COMMON, intermediate_size=48),
+    "opt": lambda: transformers.OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64),
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, **WIDE, head_dim=8),
+    "phi3": lambda: transformers.Phi3Config(**COMMON, **WIDE, pad_token_id=0),
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, **WIDE, num_local_experts=3),
+}
+"""Beside LLaMA: learned positions and dropout; parallel residuals; tied ends; norms on both sides; gate and up in one
+product; experts that a router chooses."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in ("gpt2", "phi3", "mixtral") else [pytest.mark.slow]) for name in FAMILIES],
+)
+def test_any_model_with_checkpointing_layers_has_the_same_bits_as_it_is(family: str) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).train()
+
+    expected = step(model())
+    for name in ("recompute", "selective", "host_all", "disk"):
+        managed_model = model()
+        policy = managed(managed_model, **EXACT[name])
+        assert same(step(managed_model), expected), name
+        assert name not in ("host_all", "disk") or sum(frame.moved for frame in policy.frames) > 0
+    coded = model()
+    policy = managed(coded, fate=Fate.fp8)
+    found = step(coded)
+    assert torch.equal(found[0], expected[0]) and policy.ledger.compressed > 3 * policy.ledger.codes
+    wanted, got = (torch.cat([gradient.flatten() for gradient in each[1:]]) for each in (expected, found))
+    assert torch.cosine_similarity(wanted, got, dim=0) >= 0.99
 
 
 def test_without_the_same_dropout_the_gradients_would_differ() -> None:
