@@ -211,6 +211,15 @@ def blocks_of_8b(*overrides: str) -> Job:
     return train_job([*BLOCKS_8B, *overrides])
 
 
+def losses(seconds: float) -> dict[str, Any]:
+    """Losses through a head of LLaMA 3's size: bytes, time and what is reported, in fp32 and bf16."""
+    command = ["-m", "benchmarks.loss", "--rows", "8192", "--hidden", "4096", "--vocabulary", "128256"]
+    with tempfile.TemporaryDirectory() as folder:
+        status, output = call([*command, "--out", folder], seconds)
+        result = Path(folder) / "loss.json"
+        return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
+
+
 def checkpoints(seconds: float) -> dict[str, Any]:
     """What saves cost the training thread: ours in three modes, torch.save and torch's checkpoints; about 5 GiB."""
     command = ["-m", "benchmarks.checkpoint", "--hidden", "2048", "--layers", "8", "--rounds", "3", "--steps", "8"]
@@ -267,6 +276,7 @@ SUITES: dict[str, dict[str, Job]] = {
             [*LLAMA_130M, "optim=adamw", "offload=disk", "train.steps=12", "train.eval_every=0", "checkpoint.every=0"]
         ),
     },
+    "loss": {"head_of_128256": losses},
     "checkpoints": {"lazy_beside_sync": checkpoints},
     "optimizers": {
         "amortised_7b_layer": amortised("7B"),

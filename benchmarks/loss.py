@@ -74,7 +74,8 @@ def measure(rows: int, width: int, vocabulary: int, dtype: torch.dtype, rounds: 
     hidden = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
     head = nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
     labels = torch.randint(0, vocabulary, (rows,), device=device)
-    exact = token_loss_sum(linear(hidden.double(), head.weight.double()), labels).item() / rows
+    with torch.no_grad():
+        exact = token_loss_sum(linear(hidden.double(), head.weight.double()), labels).item() / rows
     arms = available(hidden, head, labels)
     meter = MemoryMeter(head, torch.optim.SGD(head.parameters(), lr=0.0), device)
     peaks, seconds, error = {}, {name: list[float]() for name in arms}, {}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parallel.config import SequenceKind
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
-from trainer.check_offload import gradients_problems, states_problems, tier_problems
+from trainer.check_offload import gradients_problems, host_problems, states_problems, tier_problems
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.loss.config import LossConfig, LossKind
@@ -31,7 +31,7 @@ def problems(cfg: Config) -> list[str]:
             found += section_problems(f"{entry.name}.", section)
     found += model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg)
     found += attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
-    return found + int8_problems(cfg) + states_problems(cfg)
+    return found + int8_problems(cfg) + states_problems(cfg) + host_problems(cfg)
 
 
 def section_problems(prefix: str, section: object) -> list[str]:

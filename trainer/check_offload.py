@@ -47,11 +47,6 @@ def states_problems(cfg: Config) -> list[str]:
             f"{asked}: optim={cfg.optim.name} pages its states between device and host by itself; use "
             f"offload.states=none, or optim={other}"
         )
-    if cfg.offload.host_gib is not None and cfg.offload.host_gib * 2**30 > host_bytes():
-        found.append(
-            f"offload.host_gib={cfg.offload.host_gib:g}: this machine has {host_bytes() / 2**30:.1f} GiB of memory in "
-            "all; use less, or offload.states=disk"
-        )
     return found
 
 
@@ -62,6 +57,18 @@ def gradients_problems(cfg: Config, ranks: int) -> list[str]:
     return [
         f"offload.gradients=true: with parallel.zero={cfg.parallel.zero} on {ranks} ranks gradients lie in DDP's "
         "buckets, which nothing frees; use parallel.zero=2 or 3"
+    ]
+
+
+def host_problems(cfg: Config) -> list[str]:
+    """No tier has more memory than the machine."""
+    limits = {"activations": cfg.activations.host_gib, "offload": cfg.offload.host_gib}
+    remedies = {"activations": "activations=disk", "offload": "offload.states=disk"}
+    return [
+        f"{section}.host_gib={limit:g}: this machine has {host_bytes() / 2**30:.1f} GiB of memory in all; use less, or "
+        f"{remedies[section]}"
+        for section, limit in limits.items()
+        if limit is not None and limit * 2**30 > host_bytes()
     ]
 
 

@@ -24,6 +24,7 @@ HOST = ["activations=host", "activations.min_bytes=0"]
         ),
         (["activations=disk", "activations.disk_dir=/proc"], "/proc: cannot write there"),
         (["activations=disk", "activations.disk_gib=1e9"], "activations.disk_gib=1e+09: /"),
+        (["activations=host", "activations.host_gib=1e9"], "activations.host_gib=1e+09: this machine has"),
         (["activations.rules=['mlp to host']"], "is not of the form 'PATTERN -> FATE'"),
         (
             ["activations.rules=['mlp -> somewhere']"],
