@@ -154,7 +154,8 @@ def pieces(count: int, group: int, row: int, *, whole: bool = False) -> Iterator
 
 def scale(peak: Tensor, top: float) -> Tensor:
     """Scale of groups whose largest magnitude is `peak`: NaN where that is not finite."""
-    return torch.where(peak.isfinite(), (peak + 1e-10) / top, torch.nan).to(torch.bfloat16)
+    finite = (peak + 1e-10).div_(top)
+    return finite.add_(peak - peak).to(torch.bfloat16)  # a difference of 0, but NaN of what is not finite
 
 
 def by_group(part: Tensor, group: int, row: int) -> Tensor:
