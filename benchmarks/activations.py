@@ -10,6 +10,7 @@ show what the bookkeeping and the copies cost, not what an accelerator would hid
 
 import argparse
 import copy
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import now, print_table, spread, write_result
 from offload.config import ActivationsConfig, Fate
+from offload.float8 import use_float8
 from parallel.launch import World
-from trainer.adapt import manage_activations
+from trainer.adapt import blocks, manage_activations
 from trainer.loss.config import LossConfig
 from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter, format_bytes
@@ -40,13 +42,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+PRODUCTS = r"(attn|mlp)\..*weight$"
+"""Weights whose products run in FP8, where an arm has such."""
+
+
 class Arm:
-    """One way to treat the activations of a model."""
+    """One way to treat the activations of a model: a preset's name, or another's way; after a plus, products in FP8:
+    `ours` (`precision.compute=fp8`) or `torchao`'s own layer.
+    """
 
     def __init__(self, name: str, model: Any, device: torch.device) -> None:
         self.model = model
         self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.activations = None
+        name, _, products = name.partition(" + ")
+        if products == "ours":
+            use_float8(blocks(model), PRODUCTS, "tensorwise")
+        elif products == "torchao":
+            use_torchaos(model, emulate=device.type != "cuda")
         if name == "hf_checkpointing":
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -68,6 +81,17 @@ class Arm:
         with self.meter.phase("backward"):
             loss.backward()
         return float(loss.detach())
+
+
+def use_torchaos(model: nn.Module, *, emulate: bool) -> None:
+    """Put torchao's Float8Linear in the place of the blocks' layers."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(
+        model,
+        config=Float8LinearConfig(emulate=emulate),
+        module_filter_fn=lambda module, name: re.search(PRODUCTS, f"{name}.weight") is not None,
+    )
 
 
 def gradient_error(arm: Arm, expected: list[Tensor]) -> float:

@@ -211,6 +211,29 @@ def blocks_of_8b(*overrides: str) -> Job:
     return train_job([*BLOCKS_8B, *overrides])
 
 
+def rows_of_8b(seconds: float) -> dict[str, Any]:
+    """Bytes a token, step time and longest row of every fate that a disk does not slow, in one process."""
+    from benchmarks.longest_row import ARMS
+
+    arms = ",".join(arm for arm in ARMS if arm != "disk")
+    command = [
+        "-m",
+        "benchmarks.longest_row",
+        "--shape",
+        "8b",
+        "--rounds",
+        "3",
+        "--arms",
+        arms,
+        "--confirm",
+        "fp8,host",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        status, output = call([*command, "--out", folder], seconds)
+        result = Path(folder) / "longest_row.json"
+        return json.loads(result.read_text()) if result.exists() else {"exit": status, "output": output}
+
+
 def losses(seconds: float) -> dict[str, Any]:
     """Losses through a head of LLaMA 3's size: bytes, time and what is reported, in fp32 and bf16."""
     command = ["-m", "benchmarks.loss", "--rows", "8192", "--hidden", "4096", "--vocabulary", "128256"]
@@ -249,6 +272,7 @@ SUITES: dict[str, dict[str, Job]] = {
         "counter_on_cpu": counter_on_cpu,
     },
     "activations": {
+        "longest_rows": rows_of_8b,
         "keep": blocks_of_8b(),
         "lean": blocks_of_8b("activations=lean"),
         "host": blocks_of_8b("activations=host"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, memory_table, one_rank, optimizer_step, sharding
+from benchmarks import gpu, longest_row, memory_table, one_rank, optimizer_step, sharding
 from benchmarks.optimizer_arms import ARMS, Size, gradients
 
 
@@ -31,6 +31,20 @@ def test_optimizer_step_measures_every_arm_and_judges_the_bars(
     assert found["rounds"] == 3 and found["ratios"]["galore"]["galore products"] > 0
     assert found["captured_over_optimum"]["min"] > 0.9 and "captured / optimum" in found["bars"]
     assert "ms a step" in capsys.readouterr().out
+
+
+def test_the_longest_row_fits_and_a_longer_one_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 128}  # fmt: skip
+    monkeypatch.setitem(longest_row.SHAPES, "tiny", sizes)
+    monkeypatch.setitem(longest_row.LENGTHS, "tiny", (1024, 2048))
+    capacity = 16 << 20
+    found = longest_row.run(["keep", "recompute"], "tiny", capacity, 1, ["keep"], torch.device("cpu"))
+    keep = found["keep"]
+    assert keep["confirmed"]["peak"] == pytest.approx(keep["confirmed"]["expected"], rel=0.03)
+    assert keep["peaks"][2048] < keep["confirmed"]["peak"] <= capacity
+    assert capacity < keep["fixed_bytes"] + 1.01 * keep["bytes_a_token"] * keep["longest_row"]
+    assert found["recompute"]["longest_row"] > 1.5 * keep["longest_row"]
 
 
 def test_gradients_drift_from_one_another_and_fall_off_as_told() -> None:
