@@ -158,8 +158,15 @@ def registered(nbytes: int) -> Tensor:
         forget_error()
         code = errno.ENOMEM if status == OUT_OF_MEMORY else errno.EIO
         raise OSError(code, f"CUDA could not page-lock {nbytes:,} bytes of host memory (error {status})")
-    weakref.finalize(array, cudart.cudaHostUnregister, address)
+    weakref.finalize(array, unregister, address, torch.cuda.current_device())
     return torch.from_numpy(array)
+
+
+def unregister(address: int, device: int) -> None:
+    """Take registered memory from CUDA, once no copy from or to it is under way: its pages are about to go."""
+    with contextlib.suppress(RuntimeError):  # where CUDA has failed, whoever was computing has been told
+        torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def forget_error() -> None:
