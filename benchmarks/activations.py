@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import now, print_table, spread, write_result
 from offload.config import ActivationsConfig, Fate
-from offload.float8 import use_float8
+from offload.float8_layers import use_float8
 from parallel.launch import World
 from trainer.adapt import blocks, manage_activations
 from trainer.loss.config import LossConfig

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.activations import Activations
-from offload.float8 import plain_products
+from offload.float8_layers import plain_products
 from offload.host_step import states_away
 from offload.pool import TierError
 from offload.states import OffloadedStates, offloaded

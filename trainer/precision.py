@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from offload.float8 import use_float8
+from offload.float8_layers import use_float8
 from optim.config import Compat, OptimConfig, Products
 from optim.config_lowrank import ProjectedConfig
 from trainer.adapt import blocks

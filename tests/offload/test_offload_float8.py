@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from offload.config import Fate
-from offload.float8 import Recipe, Shared, linear, plain_products, use_float8
+from offload.float8 import Recipe, Shared, linear
+from offload.float8_layers import plain_products, use_float8
 from offload.lean import make_lean
 from tests.offload.models import llama, managed, rows, same, step
 from tests.ranks import on_ranks
