@@ -33,7 +33,7 @@ from offload.pool import Buffer, HostPool, Ledger
 from offload.states import OffloadedStates, Window
 from offload.streams import Copies, Ticket
 from optim.int8 import Int8Weight
-from optim.residency import State
+from optim.residency import Group, State
 from parallel.dtensor import local, with_part
 from parallel.spread import stored
 
@@ -44,6 +44,8 @@ class Twin:
 
     buffers: list[Buffer]
     """One for each plain tensor that this rank's part is made of."""
+    tensor: Tensor | None = None
+    """Of the parameter's kind, over the buffers; made once, since optimizers know by it what never changes."""
     versions: list[int] = field(default_factory=list)
     """How often each of those had been written when the twin was last the same."""
 
@@ -66,6 +68,8 @@ class HostStep(OffloadedStates):
         self._weights, self._passing = HostPool(pinned=pinned), HostPool(pinned=pinned)
         self._weights_ledger, self._passing_ledger = Ledger(), Ledger()
         self._twins: dict[Tensor, Twin] = {}
+        self._groups: dict[int, Group] = {}
+        """By the identity of a group, the one that lists twins in the place of its parameters."""
         self._underway: dict[Tensor, Leaving] = {}
         self._twins_step = False
 
@@ -118,21 +122,32 @@ class HostStep(OffloadedStates):
         for p in (p for _, params in windows for p in params):
             self._twins[p].versions = versions(p)
 
-    def _step(
-        self, group: dict[str, Any], params: list[Tensor], states: MutableMapping[Tensor, State]
-    ) -> Iterator[Window]:
+    def _step(self, group: Group, params: list[Tensor], states: MutableMapping[Tensor, State]) -> Iterator[Window]:
         with _disable_current_modes():
-            twins = {p: self._made(p) for p in params}
+            stepped, twins = self._group(group), {p: self._twin(p) for p in params}
             for p, twin in twins.items():
+                self._renew(p)
+                grad = self._gradient(p)
+                twin.grad = with_part(p, grad) if isinstance(p, DTensor) else grad
                 states[twin] = {key: on_host(value) for key, value in self._parcels[p].readable().items()}
         self._twins_step = True
         try:
-            yield {**group, "params": [twins.get(p, p) for p in group["params"]]}, list(twins.values())
+            yield stepped, list(twins.values())
         finally:
             self._twins_step = False
             for p, twin in twins.items():
+                twin.grad = None
                 numbers = {key: value for key, value in states.pop(twin).items() if not isinstance(value, Tensor)}
                 self._parcels[p].state.update(numbers)
+
+    def _group(self, group: Group) -> Group:
+        """The group that lists twins, with the options of `group` as they are now; the same one in every step."""
+        listed = [self._twin(p) for p in group["params"]]
+        found = self._groups.get(id(group))
+        if found is None or list(map(id, found["params"])) != list(map(id, listed)):
+            found = self._groups[id(group)] = {"params": listed}
+        found.update({key: value for key, value in group.items() if key != "params"})
+        return found
 
     # --- gradients ---
 
@@ -168,25 +183,27 @@ class HostStep(OffloadedStates):
 
     # --- weights ---
 
-    def _made(self, p: Tensor) -> Tensor:
-        """The twin of `p` as a tensor of its kind, with its gradient."""
-        twin, part = self._twins[p], local(p)
-        if twin.versions != versions(p):  # at first, and when a checkpoint was loaded
-            for near, buffer in zip(stored(part), twin.buffers, strict=True):
+    def _twin(self, p: Tensor) -> Tensor:
+        """What steps in the place of `p`: its twin, or itself where it has none."""
+        twin = self._twins.get(p)
+        if twin is None:
+            return p
+        if twin.tensor is None:
+            part = local(p)
+            plain = zip(stored(part), twin.buffers, strict=True)
+            made = iter([values(buffer, near.dtype).view(near.shape) for near, buffer in plain])
+            tensor = part.like(lambda _: next(made)) if isinstance(part, Int8Weight) else next(made)
+            twin.tensor = with_part(p, tensor) if isinstance(p, DTensor) else tensor
+        return twin.tensor
+
+    def _renew(self, p: Tensor) -> None:
+        """Copy a weight to its twin where others have written to it: at first, and when a checkpoint was loaded."""
+        twin = self._twins[p]
+        if twin.versions != versions(p):
+            for near, buffer in zip(stored(local(p)), twin.buffers, strict=True):
                 ticket = self._copy_out(bytes_in(near), buffer)
                 if ticket is not None:
                     ticket.finish()
-        plain = [
-            values(buffer, near.dtype).view(near.shape) for near, buffer in zip(stored(part), twin.buffers, strict=True)
-        ]
-        made, grad = plain[0], self._gradient(p)
-        if isinstance(part, Int8Weight):
-            following = iter(plain)
-            made = part.like(lambda _: next(following))
-        if isinstance(p, DTensor):
-            made, grad = with_part(p, made), with_part(p, grad)
-        made.grad = grad
-        return made
 
     def _copy_out(self, near: Tensor, buffer: Buffer) -> Ticket | None:
         return self._copies.out(near, buffer.memory) if buffer.memory is not None and buffer.nbytes else None

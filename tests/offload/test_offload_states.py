@@ -176,6 +176,16 @@ def test_a_step_without_gradients_changes_nothing(options: dict[str, Any]) -> No
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)) and here(moved) == 0
 
 
+def test_what_steps_on_the_host_is_made_once() -> None:
+    """Optimizers keep what they know of a parameter by the tensor that steps."""
+    moved, params = built("galore", "host", **ON_HOST)
+    train(moved, params, 2)
+    known = len(moved._known)  # type: ignore[attr-defined]
+    train(moved, params, 3)
+    assert len(moved._known) == known <= 2 * len(params)  # type: ignore[attr-defined]
+    assert moved.state.keys() == set(params)
+
+
 def test_weights_that_others_write_to_are_what_steps_on_the_host() -> None:
     """As when a checkpoint is loaded between two steps; also where no gradient comes in the step after."""
     resident, params = built("adamw")
