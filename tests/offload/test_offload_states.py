@@ -214,13 +214,16 @@ def test_three_windows_are_here_at_the_most(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(seen) == len(sizes) and all(a <= b + padding for a, b in zip(seen, most, strict=True))
 
 
-def test_a_state_dict_loads_into_the_other_kind_of_optimizer() -> None:
+@pytest.mark.parametrize("place, options", [("disk", {}), ("host", ON_HOST)], ids=["disk", "step_on_host"])
+def test_a_state_dict_loads_into_the_other_kind_of_optimizer(place: str, options: dict[str, Any]) -> None:
     resident, params = built("galore")
-    moved, others = built("galore", "disk")
+    moved, others = built("galore", place, **options)
+    train(moved, others, 1)
     train(resident, params, 3)
     moved.load_state_dict(resident.state_dict())
-    for p, q in zip(params, others, strict=True):
-        q.data.copy_(p)
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            q.copy_(p)
     assert here(moved) == 0
     again, back = built("galore")
     again.load_state_dict(copy.deepcopy(moved).state_dict())
