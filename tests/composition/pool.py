@@ -1,5 +1,6 @@
 """Processes that stay: one process group for many combinations, begun anew after a crash or a hang."""
 
+import functools
 import gc
 import os
 import time
@@ -22,6 +23,7 @@ GRACE = 3.0
 def work(environment: dict[str, str], rank: int, count: int, port: int, jobs: Connection) -> None:
     """One process of a pool: join the group as under torchrun, then do jobs until there are no more."""
     enter(environment, rank, count, port)
+    from parallel import mesh
     from parallel.config import ParallelConfig
     from parallel.launch import connected
     from trainer.checkpoint import files
@@ -29,6 +31,7 @@ def work(environment: dict[str, str], rank: int, count: int, port: int, jobs: Co
     files.os.fsync = lambda fd: None  # type: ignore[assignment]  # no power cut is tried here, and disks are slow
     with connected(ParallelConfig(timeout=SECONDS), "cpu", 1) as world, suppress(EOFError):  # the other end is gone
         kept = groups()
+        mesh.init_device_mesh = functools.cache(functools.partial(mesh_that_stays, mesh.init_device_mesh, kept))  # type: ignore[attr-defined]
         while True:
             report = run_job(jobs.recv(), world)
             forget_groups(kept)
@@ -40,8 +43,16 @@ def groups() -> list[dist.ProcessGroup]:
     return list(dist.distributed_c10d._world.pg_map)
 
 
+def mesh_that_stays(make: Any, kept: list[dist.ProcessGroup], *args: Any, **options: Any) -> Any:
+    """Make a mesh whose groups are kept: DTensor remembers, by an equal mesh, how it communicated on another before."""
+    before = groups()
+    made = make(*args, **options)
+    kept += [group for group in groups() if group not in before]
+    return made
+
+
 def forget_groups(kept: Sequence[dist.ProcessGroup]) -> None:
-    """End the groups that a combination made (meshes, rings, writers of checkpoints), as the end of its run would.
+    """End the groups that a combination made (rings, writers of checkpoints), as the end of its run would.
 
     Each has threads that wake a hundred times a second: those of a hundred combinations take all cores there are.
     """
