@@ -5,6 +5,7 @@ outer dimension, as their traffic is the smaller.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -89,3 +90,12 @@ def make_grid(world: World, cfg: ParallelConfig) -> Grid:
     shape, names = ((shards,), (SHARD,)) if cfg.replicas == 1 else ((cfg.replicas, shards), (REPLICATE, SHARD))
     with unset_fake_temporarily():  # a mesh reads its own tensor of ranks
         return Grid(init_device_mesh(world.device.type, shape, mesh_dim_names=names))
+
+
+def another_group_of_shards(world: World, cfg: ParallelConfig) -> dist.ProcessGroup:
+    """A second group of the ranks that hold one model together, for who speaks while the mesh's own is busy. Every rank
+    calls it."""
+    shards = world.process_count // cfg.replicas
+    lines = [list(range(first, first + shards)) for first in range(0, world.process_count, shards)]
+    groups = [dist.new_group(line, timeout=timedelta(seconds=cfg.timeout)) for line in lines]
+    return groups[world.process_rank // shards]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -24,7 +23,7 @@ from optim.in_backward import InBackward
 from optim.residency import kept_by
 from parallel.config import EngineName
 from parallel.launch import World
-from parallel.mesh import share_of
+from parallel.mesh import another_group_of_shards, share_of
 from parallel.place import spread as spread_over_ranks
 from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
@@ -134,7 +133,7 @@ def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, 
     if cfg.optim.in_backward:
         clip_by = cfg.train.clip_by.value
         if cfg.parallel.zero > 1 and world.process_count > 1 and world.gradients is None:
-            optimizer.shard_group = dist.new_group()  # FSDP2 keeps its own busy while the hooks run
+            optimizer.shard_group = another_group_of_shards(world, cfg.parallel)  # FSDP2's own is busy in the hooks
         in_backward = InBackward(optimizer, world, clip_norm=cfg.train.clip_norm, clip_by=clip_by)
     return optimizer, TorchEngine(spread, optimizer, away), in_backward
 

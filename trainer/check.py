@@ -170,10 +170,6 @@ def shard_problems(cfg: Config, ranks: int) -> list[str]:
             "optim.in_backward=true: with parallel.zero=1 gradients are summed in DDP's buckets, which free none in "
             "backward; use parallel.zero=0, 2 or 3"
         )
-    if cfg.optim.in_backward and parallel.replicas > 1:
-        found.append(
-            f"optim.in_backward=true: is not available with parallel.replicas={parallel.replicas}; use replicas=1"
-        )
     return found
 
 
