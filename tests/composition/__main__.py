@@ -1,7 +1,7 @@
 """Try combinations: `python -m tests.composition --pairs`, `--only optimizer=galore zero=3`, `--random 50 --seed 7`.
 
     --pairs          a covering array of all pairs of values (the default)
-    --all            every combination of the axes that --only names without a value: --all --only optimizer zero ranks
+    --all            every combination of the axes that --only names without a value: --only optimizer ranks=2
     --random N       N random combinations; --seed repeats a draw
     --only A=V ...   with these values fixed
     --docs           all pairs, written to docs/composition.md
@@ -61,7 +61,9 @@ def main() -> int:
             print(f"--random {asked.random} --seed {seed}", flush=True)
             survey = Survey(run(laboratory, drawn(asked.random, seed, fixed), tell, until))
         elif asked.all:
-            survey = Survey(run(laboratory, product(free or [axis.name for axis in AXES], fixed), tell, until))
+            survey = Survey(
+                run(laboratory, product(free if asked.only else [axis.name for axis in AXES], fixed), tell, until)
+            )
         elif asked.part:
             survey = one_part(laboratory, fixed, *asked.part, tell, until)
         else:

@@ -167,11 +167,10 @@ class Laboratory:
 
 
 def twins(combination: Combination) -> list[Combination]:
-    """Single processes that show how far the method of a combination drifts by itself: none in fp64, or those that
-    split the batch otherwise, that keep what 8-bit codes lose where it shows at all, and that run MLPs otherwise."""
-    method, found = combination.reference, []
-    if not method.is_exact:
-        found += [method.but(accumulation=n) for n in TWINS]
+    """Single processes that show how far the method of a combination drifts by itself: those that split the batch
+    otherwise, that keep what 8-bit codes lose where it shows at all, and in narrow formats that run MLPs otherwise."""
+    method = combination.reference
+    found = [method.but(accumulation=n) for n in TWINS]
     if combination.splits_codes:
         found.append(method.but(activations="keep"))
     if not combination.is_exact:
