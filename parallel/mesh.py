@@ -98,4 +98,5 @@ def another_group_of_shards(world: World, cfg: ParallelConfig) -> dist.ProcessGr
     shards = world.process_count // cfg.replicas
     lines = [list(range(first, first + shards)) for first in range(0, world.process_count, shards)]
     groups = [dist.new_group(line, timeout=timedelta(seconds=cfg.timeout)) for line in lines]
-    return groups[world.process_rank // shards]
+    own: dist.ProcessGroup = groups[world.process_rank // shards]
+    return own

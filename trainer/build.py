@@ -37,6 +37,7 @@ from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.gate import Gate
 from trainer.loss.head import HeadLoss
+from trainer.matrices import owners_of
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
 from trainer.precision import autocast, int8_matrices, is_mixed, rounding, settled, use_float8_of
@@ -122,7 +123,8 @@ def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, 
     spread = place(cfg, world, model)
     with kept_by(states_away(cfg.offload, world.device)) if cfg.offload.moves_states else nullcontext():
         asked = settled(cfg, world.device)
-        optimizer = registry.build(asked, spread.named_parameters(), rounding=rounding(cfg.precision))
+        named, stepped = spread.owner.named_parameters(), dict(spread.named_parameters())
+        optimizer = registry.build(asked, named, rounding=rounding(cfg.precision), stepped=stepped)
     states, away = offloaded(optimizer), None
     if states is not None:
         states.require_room()
@@ -180,7 +182,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         ),
         loss=loss,
         activations=activations,
-        remarks=tuple(remarks),
+        remarks=(*remarks, *engine.remarks()),
         strategy=strategy,
         states=states,
     )
@@ -202,6 +204,7 @@ def place(cfg: Config, world: World, model: nn.Module) -> Spread:
     return spread_over_ranks(
         model, world, cfg.parallel,
         blocks=layers, ends=untied_ends(model), compute=compute, in_backward=cfg.optim.in_backward,
+        owners=partial(owners_of, cfg, world, model),
     )  # fmt: skip
 
 

@@ -172,7 +172,11 @@ def staged(trainable: Trainable, generators: dict[str, Tensor]) -> int:
     cfg = trainable.cfg.checkpoint
     if cfg.mode is SaveMode["sync"]:
         return 0
-    return staging_bytes(trainable.engine.tensors() | generators, trainable.world.process_count, cfg.host_bytes())
+    engine = trainable.engine
+    assert isinstance(engine, TorchEngine)
+    return staging_bytes(
+        engine.tensors() | generators, trainable.world.process_count, cfg.host_bytes(), holders=engine.spread.holders
+    )
 
 
 def made_up_batch(cfg: Config, shares: int) -> StepBatch:

@@ -161,6 +161,9 @@ AXES: tuple[Axis, ...] = (
     Axis("ranks", "processes (gloo)", False, tuple(v(n, ranks=n) for n in (1, 2, 3, 4))),
     Axis("zero", "what is sharded over the ranks", False, (v(0), *(v(n, f"parallel.zero={n}") for n in (1, 2, 3)))),
     Axis("replicas", "groups of ranks that hold the whole each", False, (v(1), v(2, "parallel.replicas=2"))),
+    Axis("matrices", "whether matrices that are stepped whole have one owner each, under zero=1", False, (
+        v("auto"), v("rows", "parallel.matrices=rows"), v("owners", "parallel.matrices=owners"),
+    )),
     Axis("accumulate", "where the micro-batches of a step add up", False, (
         v("auto"), v("local", "parallel.accumulate=local"), v("sharded", "parallel.accumulate=sharded"),
     )),

@@ -183,6 +183,11 @@ def run_problems(cfg: "Config") -> list[str]:
             "a block, which a recomputation of some of them alone cannot repeat; use activations=recompute, or "
             "parallel.engine=torch"
         )
+    if cfg.parallel.matrices.value != "auto":
+        found.append(
+            f"parallel.matrices={cfg.parallel.matrices.value}: {engine} cuts its flat partitions anywhere, and gives "
+            "each matrix that is stepped whole an owner; leave it out"
+        )
     if cfg.parallel.accumulate.value != "auto":
         found.append(
             f"parallel.accumulate={cfg.parallel.accumulate.value}: {engine} adds up as its stage does; leave it out"

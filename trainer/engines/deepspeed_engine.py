@@ -147,6 +147,10 @@ class DeepSpeedEngine:
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self._zero.checkpoint_event_epilogue()
 
+    def remarks(self) -> list[str]:
+        """Nothing that a configuration does not say."""
+        return []
+
     def close(self) -> None:
         """Put torch's own `linear` back. DeepSpeed's saves other tensors, so that what a later run in this process
         keeps in 8 bits would be others too."""
