@@ -4,8 +4,10 @@ Ranks that are near each other (of one machine, as launchers number them) share 
 outer dimension, as their traffic is the smaller.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,6 +78,11 @@ class Share:
     def cut(self, tensor: Tensor) -> Tensor:
         """A copy of this rank's rows of a whole tensor."""
         return tensor[self.rows(tensor.shape[0])].clone()
+
+    def read(self, stored: Any, shape: Sequence[int]) -> Tensor:
+        """This rank's rows of a tensor of `shape` in a file, of which `stored` gives any slice."""
+        rows: Tensor = stored[self.rows(shape[0])]
+        return rows
 
 
 def share_of(world: World, cfg: ParallelConfig) -> Share | None:

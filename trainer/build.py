@@ -33,6 +33,7 @@ from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
 from trainer.determinism import make_deterministic
 from trainer.engines.base import Engine
+from trainer.engines.partition import flat_share
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.gate import Gate
@@ -41,6 +42,7 @@ from trainer.matrices import owners_of
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
 from trainer.precision import autocast, int8_matrices, is_mixed, rounding, settled, use_float8_of
+from trainer.rows import Part
 from trainer.schema import Config
 from trainer.sequence import check_split, split_rows, whole_rows
 from trainer.state import seed_all
@@ -92,7 +94,9 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     config = model_config(cfg.model, corpus.tokenizer, corpus.vocab_size)
     check_vocabulary(config, corpus.vocab_size)
     check_length(config, cfg.data.sequence_length)
-    share = share_of(world, cfg.parallel) if cfg.parallel.engine is EngineName.torch else None
+    share: Part | None = share_of(world, cfg.parallel)
+    if cfg.parallel.engine is EngineName.deepspeed:
+        share = flat_share(world, cfg.parallel)
     model = build_model(
         cfg.model, config,
         weights=cfg.precision.weights, int8=int8_matrices(cfg), device=world.device, seed=cfg.seed, share=share,

@@ -12,10 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from optim.int8_model import quantize_weights
-from parallel.mesh import Share
 from trainer.errors import UserError, first_line
 from trainer.precision import Int8Matrices, torch_dtype, widen
-from trainer.rows import draw_rows, without_storage
+from trainer.rows import Part, draw_rows, without_storage
 from trainer.schema import Dtype, Initial, ModelConfig
 from trainer.sizes import ROUND_VOCABULARY
 from trainer.streamed import read_rows
@@ -73,15 +72,15 @@ def build_model(
     device: torch.device,
     seed: int,
     int8: Int8Matrices | None = None,
-    share: Share | None = None,
+    share: Part | None = None,
 ) -> nn.Module:
     """Make the model on `device` with weights in `weights`, from `seed` or from `cfg.path`, in training mode.
 
     Args:
         int8: what of it to keep in int8. Such a model begins in the host's memory and arrives on `device` one matrix
             after the other, where it would not fit in full.
-        share: of each parameter, the rows to keep. Parameters then have no storage and carry these rows for
-            `parallel.shard`, and no more than one of them was ever held whole.
+        share: of each parameter, the part to keep. Parameters then have no storage and carry that part as attribute
+            `rows`, for `parallel.shard` or DeepSpeed, and no more than one of them was ever held whole.
 
     Raises:
         UserError: the folder has no safetensors, its weights do not fit its own configuration, or `int8` finds none.
@@ -98,7 +97,7 @@ def build_model(
     if cfg.weights is Initial.pretrained and share is not None:
         with without_storage():
             model = make()
-        read_rows(model, str(cfg.path), share.rows, dtype, first)
+        read_rows(model, str(cfg.path), share.read, dtype, first)
     elif cfg.weights is Initial.pretrained:
         model = load_pretrained(cfg, config, dtype, options)
     else:

@@ -14,6 +14,9 @@ from parallel.mesh import Share, share_of
 from tests.parallel.sharded import BASE, on_each_rank, whole
 from trainer.build import place
 from trainer.cli.compose import load
+from trainer.engines.deepspeed_config import generated
+from trainer.engines.deepspeed_engine import give_parts, quiet_deepspeed
+from trainer.engines.partition import flat_share
 from trainer.memory.count import StorageCounter
 from trainer.model import build_model
 from trainer.plan import planned_config
@@ -93,6 +96,32 @@ def test_a_model_that_comes_back_to_a_weight_is_refused() -> None:
 SIZES = ["model.hidden_size=32", "model.intermediate_size=64", "model.layers=8", "model.vocab_size=264"]
 
 
+def deepspeeds_parts(cases: list[list[str]]) -> list[tuple[dict[str, tuple[int, Tensor]], dict[str, Tensor], int]]:
+    """Of each case: exact parts of the weights and where they begin; what DeepSpeed keeps of them; most bytes held."""
+    torch.set_num_threads(1)
+    found = []
+    with connected(load(cases[0]).parallel, "cpu", 1) as world:
+        quiet_deepspeed(world)
+        for overrides in cases:
+            cfg = load(overrides)
+            config = planned_config(cfg)
+            made: list[Any] = []
+
+            def work(cfg: Any = cfg, config: Any = config, made: list[Any] = made) -> None:
+                model = build_model(
+                    cfg.model, config, weights=cfg.precision.weights, device=world.device, seed=0,
+                    share=flat_share(world, cfg.parallel),
+                )  # fmt: skip
+                half = cfg.precision.compute is Dtype.bf16
+                made.extend([give_parts(model, generated(cfg, world.process_count), half), model])
+
+            most = most_held(work)
+            parts, model = made
+            kept = {name: p.ds_tensor[: parts[name][1].numel()].clone() for name, p in model.named_parameters()}
+            found.append((parts, kept, most))
+    return found
+
+
 def built_weights(cases: list[list[str]]) -> list[tuple[dict[str, Tensor], int]]:
     """Of each case: weights made as a run makes them, whole; the most bytes held meanwhile."""
     torch.set_num_threads(1)
@@ -142,3 +171,28 @@ def test_no_rank_holds_the_model_while_its_weights_are_made_or_read(tmp_path: Pa
                 assert torch.equal(weights[name], parameter), f"{what}: {name}"
             sizes = [weight.nbytes for weight in plain.values()]  # of an int8 one, as it is drawn
             assert most < 1.02 * sum(sizes) / 2 + 2 * max(sizes), f"{what}: {most} bytes at once, of {sum(sizes)}"
+
+
+@pytest.mark.slow
+def test_no_rank_of_deepspeeds_zero_3_holds_the_model_while_its_weights_are_made_or_read(tmp_path: Path) -> None:
+    """Each keeps a quarter, twice (exact, and as DeepSpeed wants it), and one or two matrices."""
+    options = [*BASE, *SIZES, "optim=sgd", "parallel.engine=deepspeed", "parallel.zero=3"]
+    cfg = load([*options, "precision=fp32"])
+    torch.manual_seed(1)
+    other = build_model(cfg.model, planned_config(cfg), weights=Dtype.fp32, device=World().device, seed=1)
+    other.save_pretrained(tmp_path, max_shard_size="100KB")  # type: ignore[operator]
+    plain = build_model(cfg.model, planned_config(cfg), weights=Dtype.fp32, device=World().device, seed=0)
+    read = [
+        *(option for option in options if not option.startswith("model.")),
+        "model=hf", f"model.path={tmp_path}", "model.weights=pretrained", "data.tokenizer=byte",
+    ]  # fmt: skip
+    cases = [[*source, f"precision={precision}"] for source in (options, read) for precision in ("fp32", "bf16")]
+    for rank in on_each_rank(4, deepspeeds_parts, cases):
+        for case, (parts, kept, most) in zip(cases, rank, strict=True):
+            model = other if "model=hf" in case else plain
+            for name, parameter in model.named_parameters():
+                start, part = parts[name]
+                assert torch.equal(part, parameter.reshape(-1)[start : start + part.numel()]), (case, name)
+                assert torch.equal(kept[name], part.to(kept[name].dtype)), (case, name)
+            sizes = [parameter.nbytes for parameter in model.parameters()]
+            assert most < 1.02 * sum(sizes) / 2 + 2 * max(sizes), f"{case}: {most} bytes at once, of {sum(sizes)}"

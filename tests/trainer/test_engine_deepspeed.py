@@ -180,7 +180,6 @@ def test_a_process_can_run_deepspeed_again_as_a_sweep_does_and_torch_is_as_befor
 REFUSED = {
     "parallel.zero=0": "DeepSpeed shards here, with parallel.zero=1, 2 or 3",
     "precision=bf16_pure": "use precision=fp32 or bf16, or parallel.engine=torch",
-    "parallel.zero=1 precision=bf16": "use parallel.zero=2",
     "optim.in_backward=true train.clip_norm=0": "use parallel.engine=torch",
     "train.clip_by=parameter": "use train.clip_by=global, or parallel.engine=torch",
     "parallel.replicas=2": "cuts over all ranks",

@@ -199,11 +199,6 @@ def run_problems(cfg: "Config") -> list[str]:
             f"train.clip_by={cfg.train.clip_by.value}: {engine} clips by the norm of all gradients; use "
             "train.clip_by=global, or parallel.engine=torch"
         )
-    if (compute, cfg.parallel.zero) == ("bf16", 1):
-        found.append(
-            "precision.compute=bf16 with parallel.zero=1: DeepSpeed has an optimizer of its own for it that this "
-            "engine does not drive; use parallel.zero=2, which holds less, or parallel.engine=torch"
-        )
     return found
 
 
