@@ -1,6 +1,5 @@
 """Sharded weights are those of an unsharded model, and no rank ever holds them all: drawn, read, loaded, exported."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ from torch import Tensor, nn
 
 from parallel.launch import World, connected
 from parallel.mesh import Share, share_of
-from tests.parallel.sharded import BASE, on_each_rank, whole
+from tests.parallel.sharded import BASE, most_held, on_each_rank, whole
 from trainer.build import place
 from trainer.cli.compose import load
 from trainer.engines.deepspeed_config import generated
 from trainer.engines.deepspeed_engine import give_parts, quiet_deepspeed
 from trainer.engines.partition import flat_share
-from trainer.memory.count import StorageCounter
 from trainer.model import build_model
 from trainer.plan import planned_config
 from trainer.precision import int8_matrices
@@ -35,25 +33,6 @@ FAMILIES = {
     "qwen3": transformers.Qwen3Config(**SMALL, **HEADS),
     "gemma2": transformers.Gemma2Config(**SMALL, **HEADS),
 }
-
-
-def most_held(work: Callable[[], Any]) -> int:
-    """The most bytes alive at once that `work` made."""
-    counter = StorageCounter(nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), torch.device("cpu"))
-    with counter.counting():
-        kept = work()
-    del kept
-    changes: dict[int, int] = {}
-    for record in counter.records:
-        if record.born > 0:
-            changes[record.born] = changes.get(record.born, 0) + record.size
-            if record.died is not None:
-                changes[record.died] = changes.get(record.died, 0) - record.size
-    held = most = 0
-    for at in sorted(changes):
-        held += changes[at]
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -193,7 +193,7 @@ REFUSED = {
     "deepspeed.zero_optimization.zero_quantized_gradients=true": "is not passed through",
     "deepspeed.zero_optimization.round_robin_gradients=true": "is not passed through",
     "deepspeed.zero_optimization.offload_optimizer.device=gpu": "must be cpu or none",
-    "deepspeed.zero_optimization.offload_optimizer.device=nvme": "must be cpu or none; the disk",
+    "deepspeed.zero_optimization.offload_optimizer.device=nvme": "use parallel.engine=torch offload.states=disk",
     "parallel.engine=torch deepspeed.dump_state=true": "has no effect with parallel.engine=torch",
 }
 

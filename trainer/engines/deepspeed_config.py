@@ -223,12 +223,13 @@ def key_problem(key: str, value: Any, own: Mapping[str, Any]) -> str | None:
 
 
 def offload_problems(cfg: "Config") -> list[str]:
-    """Optimizer and parameters may lie on the host. What DeepSpeed swaps to disk are whole flat partitions, in which
-    neither our optimizers nor our checkpoints can look at single parameters."""
+    """Optimizer and parameters may lie on the host. What DeepSpeed swaps to disk are whole flat partitions with Adam's
+    two moments of the same length beside them, which no other optimizer has, and in which neither ours nor our
+    checkpoints can look at single parameters."""
     places = {key: value for key, value in leaves(cfg.deepspeed) if key.endswith(".device")}
     return [
         f"deepspeed.{key}={value}: must be cpu or none"
-        + ("; the disk is not available here" if value == "nvme" else "")
+        + ("; for states on a disk use parallel.engine=torch offload.states=disk" if value == "nvme" else "")
         for key, value in places.items()
         if value not in ("cpu", "none")
     ]
