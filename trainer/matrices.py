@@ -39,7 +39,7 @@ from parallel.owners import Owners, balanced
 from parallel.spread import stored
 from parallel.traffic import Traffic
 from trainer.memory import format_bytes
-from trainer.precision import rounding
+from trainer.precision import rounding, settled
 from trainer.schema import Config
 
 WORTH = 0.01
@@ -117,16 +117,15 @@ def sent_anyway(p: Tensor, grid: Grid) -> int:
 def sent_beside(cfg: Config, world: World, trainable: dict[str, nn.Parameter], grid: Grid) -> dict[str, int]:
     """Bytes that a rank sends in a step without a refresh for each parameter whose rows `grid` shares out, beside
     gradient and weight."""
-    label = {
-        name: group["label"] for group in registry.groups(cfg.optim, trainable.items()) for name, _ in group["params"]
-    }
+    optim = settled(cfg, world.device)
+    label = {name: group["label"] for group in registry.groups(optim, trainable.items()) for name, _ in group["params"]}
     kind: dict[str, Any] = {name: (label[name], p.shape, p.dtype) for name, p in trainable.items()}
     first = {kind[name]: name for name in reversed(trainable)}
     with nullcontext() if detect_fake_mode() is not None else FakeTensorMode():
         rows = {name: nn.Parameter(fake_rows(trainable[name], grid, world)) for name in first.values()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the real optimizer is still to be built
-            optimizer = registry.build(cfg.optim, trainable.items(), rounding=rounding(cfg.precision), stepped=rows)
+            optimizer = registry.build(optim, trainable.items(), rounding=rounding(cfg.precision), stepped=rows)
         optimizer.check_finite = False
         sent = {
             name: second_step(optimizer, group, p, world)
