@@ -17,7 +17,8 @@ def quantize_weights(model: nn.Module, targets: str, group: int, device: torch.d
     Each is rounded to the nearest and keeps its dtype on the outside. A tied matrix stays tied.
 
     Args:
-        device: where the matrices go before they are rounded, so that they are never there together in full.
+        device: where the matrices go before they are rounded, so that they are never there together in full. Of a
+            parameter without storage it is the rows that it carries (`parallel.shard`) that go there.
 
     Raises:
         ValueError: nothing found.
@@ -28,8 +29,7 @@ def quantize_weights(model: nn.Module, targets: str, group: int, device: torch.d
         if re.search(targets, name) is None:
             continue
         if parameter not in made:
-            weight = Int8Weight.quantize(parameter.detach().to(device or parameter.device), group)
-            made[parameter] = nn.Parameter(weight, parameter.requires_grad)
+            made[parameter] = quantized(parameter, group, device)
             names.append(name)
         setattr(owner, key, made[parameter])
     if not names:
@@ -39,6 +39,19 @@ def quantize_weights(model: nn.Module, targets: str, group: int, device: torch.d
             "Give a regular expression that finds some of them, or use precision=bf16_sr."
         )
     return names
+
+
+def quantized(parameter: nn.Parameter, group: int, device: torch.device | None) -> nn.Parameter:
+    """An int8 parameter of the same values; of one that has no storage, one that has none and carries int8 rows."""
+    values = parameter.detach()
+    if not values.is_meta:
+        weight = Int8Weight.quantize(values.to(device or values.device), group)
+        return nn.Parameter(weight, parameter.requires_grad)
+    made = nn.Parameter(Int8Weight.empty(values.shape, group, values.dtype, values.device), parameter.requires_grad)
+    rows = parameter.__dict__.pop("rows", None)  # taken from it, so that no two matrices are there in full
+    if rows is not None:
+        made.rows = Int8Weight.quantize(rows.to(device or rows.device), group)  # type: ignore[attr-defined]
+    return made
 
 
 def dequantize_weights(model: nn.Module) -> None:

@@ -20,6 +20,14 @@ class Accumulate(Enum):
     sharded = "sharded"
 
 
+class Matrices(Enum):
+    """How stage 1 shares out matrices."""
+
+    auto = "auto"
+    rows = "rows"
+    owners = "owners"
+
+
 class SequenceKind(Enum):
     """How the tokens of a row are split over ranks, and what those send each other for attention."""
 
@@ -40,6 +48,10 @@ class ParallelConfig:
     3: states, gradients and weights, which each block gathers when it runs."""
     replicas: int = 1
     """With zero above 0: groups of ranks that hold the whole each, shards within (HSDP); 1 cuts over all ranks."""
+    matrices: Matrices = Matrices.auto
+    """parallel.zero=1: what of each matrix a rank steps. rows: its own, and the ranks send each other what the method
+    needs of the whole beside them. owners: whole ones, each of which one rank steps and holds the states of. auto:
+    whole where rows would send more and the ranks' shares come out even; the log says which, and why."""
     accumulate: Accumulate = Accumulate.auto
     """Where a step's micro-batches add up. sharded: every one is summed over the ranks and leaves shards (zero 2 and 3,
     and auto there). local: whole gradients stay on each rank and are summed once a step: fewer bytes sent, more held
@@ -69,6 +81,11 @@ class ParallelConfig:
             found.append(
                 f"parallel.replicas={self.replicas}: has no effect with parallel.zero=0, where every rank is a "
                 "replica; leave it out, or use parallel.zero=1, 2 or 3"
+            )
+        if self.matrices is not Matrices.auto and self.zero != 1:
+            found.append(
+                f"parallel.matrices={self.matrices.value}: has no effect with parallel.zero={self.zero}; leave it out, "
+                "or use parallel.zero=1"
             )
         if self.accumulate is Accumulate.sharded and self.zero < 2:
             found.append(

@@ -4,7 +4,10 @@ Ranks that are near each other (of one machine, as launchers number them) share 
 outer dimension, as their traffic is the smaller.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,6 +79,11 @@ class Share:
         """A copy of this rank's rows of a whole tensor."""
         return tensor[self.rows(tensor.shape[0])].clone()
 
+    def read(self, stored: Any, shape: Sequence[int]) -> Tensor:
+        """This rank's rows of a tensor of `shape` in a file, of which `stored` gives any slice."""
+        rows: Tensor = stored[self.rows(shape[0])]
+        return rows
+
 
 def share_of(world: World, cfg: ParallelConfig) -> Share | None:
     """What this rank holds of the weights; None where that is all of them."""
@@ -89,3 +97,13 @@ def make_grid(world: World, cfg: ParallelConfig) -> Grid:
     shape, names = ((shards,), (SHARD,)) if cfg.replicas == 1 else ((cfg.replicas, shards), (REPLICATE, SHARD))
     with unset_fake_temporarily():  # a mesh reads its own tensor of ranks
         return Grid(init_device_mesh(world.device.type, shape, mesh_dim_names=names))
+
+
+def another_group_of_shards(world: World, cfg: ParallelConfig) -> dist.ProcessGroup:
+    """A second group of the ranks that hold one model together, for who speaks while the mesh's own is busy. Every rank
+    calls it."""
+    shards = world.process_count // cfg.replicas
+    lines = [list(range(first, first + shards)) for first in range(0, world.process_count, shards)]
+    groups = [dist.new_group(line, timeout=timedelta(seconds=cfg.timeout)) for line in lines]
+    own: dist.ProcessGroup = groups[world.process_rank // shards]
+    return own

@@ -2,7 +2,7 @@
 
     zero   weights      gradients    states       by
     0      whole        whole        whole        DDP                              replicate.py
-    1      whole        whole        cut in rows  DDP, rows gathered after a step  row_states.py
+    1      whole        whole        shared out   DDP, gathered after a step       states.py
     2      cut in rows  cut in rows  cut in rows  FSDP2, gathered once a step      shard.py
     3      cut in rows  cut in rows  cut in rows  FSDP2, gathered block by block   shard.py
 
@@ -12,6 +12,7 @@ and global shapes.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,24 @@ class Spread:
         """What is called with a micro-batch: the model, or torch's wrapper around it."""
         self.owner = model
         """The module that has the parameters."""
+        self.holders: dict[str, int] = {}
+        """Of parameters whose states are whole on some of the ranks alone: on how many."""
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def renew(self) -> None:
         """Make anew what torch makes anew after a first step, as it does by itself where there are other ranks."""
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """What the optimizer steps, by the model's own names: plain parameters, or DTensors of rows."""
+        """What the optimizer of this rank steps, by the model's own names: plain parameters, or DTensors of rows."""
         return self.owner.named_parameters()
+
+    def remarks(self) -> list[str]:
+        """What the user should know of how it lies."""
+        return []
+
+    def of_all(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What is known of all parameters by name, from what each rank knows of those it steps. Every rank calls it."""
+        return values
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Return the context of one micro-step; `last` is that of the step."""

@@ -6,7 +6,8 @@ Of N ranks, for n bytes of the whole tensor (all ranks' parts together):
     reduce_scatter            n (N - 1) / N
     all_gather                n (N - 1) / N
     all_to_all              what is for others
-    broadcast                 n (the root's; others pass it on)
+    broadcast, reduce         n (N - 1) / N, the mean of ranks: all but one pass it on
+    send                      n
 
 A library may send otherwise (gloo reduces and scatters by an all-reduce); these are the figures that stages and methods
 are compared by. Seen are the operators that torch dispatches, so DDP, FSDP2, DeepSpeed and our own alike.
@@ -39,11 +40,15 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, apart: dist.ProcessGroup | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._apart = None if apart is None else apart.group_name
-        self.sent: Counter[str] = Counter()
-        """Bytes by kind."""
+        self._sent: dict[str, float] = {}
         self.calls: Counter[str] = Counter()
         self.largest: Counter[str] = Counter()
         """Bytes of the largest whole tensor of a collective, by kind."""
+
+    @property
+    def sent(self) -> Counter[str]:
+        """Bytes by kind."""
+        return Counter({kind: round(size) for kind, size in self._sent.items()})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -60,13 +65,13 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         whole = max(sum(tensor.nbytes for tensor in tensors(arg)) for arg in args)
         if kind == "all_gather" and alone:
             whole *= count
-        sent = float(whole if kind in ("broadcast", "send") else whole * (count - 1) / count)
+        sent = float(whole if kind == "send" else whole * (count - 1) / count)
         if kind == "all_reduce":
             sent *= 2
         if kind == "all_to_all":
             sent = float(to_others(args, group, whole))
         self.calls[kind] += 1
-        self.sent[kind] += round(sent)
+        self._sent[kind] = self._sent.get(kind, 0.0) + sent
         self.largest[kind] = max(self.largest[kind], whole)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,6 +81,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
     ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + timeout
     found: dict[int, Any] = {}
     errors: list[str] = []
     try:
@@ -87,9 +89,8 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
             if results.empty():
                 if not any(process.is_alive() for process in processes):
                     break
-                processes[0].join(0.05)
-                timeout -= 0.05
-                if timeout < 0:
+                time.sleep(0.02)
+                if time.monotonic() > deadline:
                     raise TimeoutError(f"ranks {sorted(set(range(count)) - found.keys())} did not finish")
                 continue
             rank, value, error = results.get()

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.optim import Optimizer
@@ -24,7 +23,7 @@ from optim.in_backward import InBackward
 from optim.residency import kept_by
 from parallel.config import EngineName
 from parallel.launch import World
-from parallel.mesh import share_of
+from parallel.mesh import another_group_of_shards, share_of
 from parallel.place import spread as spread_over_ranks
 from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
@@ -34,13 +33,16 @@ from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
 from trainer.determinism import make_deterministic
 from trainer.engines.base import Engine
+from trainer.engines.partition import flat_share
 from trainer.engines.torch_engine import TorchEngine
 from trainer.errors import UserError
 from trainer.gate import Gate
 from trainer.loss.head import HeadLoss
+from trainer.matrices import owners_of
 from trainer.memory import MemoryMeter
 from trainer.model import build_model, check_length, check_vocabulary, model_config
 from trainer.precision import autocast, int8_matrices, is_mixed, rounding, settled, use_float8_of
+from trainer.rows import Part
 from trainer.schema import Config
 from trainer.sequence import check_split, split_rows, whole_rows
 from trainer.state import seed_all
@@ -92,7 +94,9 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     config = model_config(cfg.model, corpus.tokenizer, corpus.vocab_size)
     check_vocabulary(config, corpus.vocab_size)
     check_length(config, cfg.data.sequence_length)
-    share = share_of(world, cfg.parallel) if cfg.parallel.engine is EngineName.torch else None
+    share: Part | None = share_of(world, cfg.parallel)
+    if cfg.parallel.engine is EngineName.deepspeed:
+        share = flat_share(world, cfg.parallel)
     model = build_model(
         cfg.model, config,
         weights=cfg.precision.weights, int8=int8_matrices(cfg), device=world.device, seed=cfg.seed, share=share,
@@ -123,7 +127,8 @@ def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, 
     spread = place(cfg, world, model)
     with kept_by(states_away(cfg.offload, world.device)) if cfg.offload.moves_states else nullcontext():
         asked = settled(cfg, world.device)
-        optimizer = registry.build(asked, spread.named_parameters(), rounding=rounding(cfg.precision))
+        named, stepped = spread.owner.named_parameters(), dict(spread.named_parameters())
+        optimizer = registry.build(asked, named, rounding=rounding(cfg.precision), stepped=stepped)
     states, away = offloaded(optimizer), None
     if states is not None:
         states.require_room()
@@ -134,7 +139,7 @@ def with_torch(cfg: Config, world: World, model: nn.Module) -> tuple[Optimizer, 
     if cfg.optim.in_backward:
         clip_by = cfg.train.clip_by.value
         if cfg.parallel.zero > 1 and world.process_count > 1 and world.gradients is None:
-            optimizer.shard_group = dist.new_group()  # FSDP2 keeps its own busy while the hooks run
+            optimizer.shard_group = another_group_of_shards(world, cfg.parallel)  # FSDP2's own is busy in the hooks
         in_backward = InBackward(optimizer, world, clip_norm=cfg.train.clip_norm, clip_by=clip_by)
     return optimizer, TorchEngine(spread, optimizer, away), in_backward
 
@@ -181,7 +186,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         ),
         loss=loss,
         activations=activations,
-        remarks=tuple(remarks),
+        remarks=(*remarks, *engine.remarks()),
         strategy=strategy,
         states=states,
     )
@@ -203,6 +208,7 @@ def place(cfg: Config, world: World, model: nn.Module) -> Spread:
     return spread_over_ranks(
         model, world, cfg.parallel,
         blocks=layers, ends=untied_ends(model), compute=compute, in_backward=cfg.optim.in_backward,
+        owners=partial(owners_of, cfg, world, model),
     )  # fmt: skip
 
 

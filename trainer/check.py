@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from parallel.config import SequenceKind
+from parallel.config import Matrices, SequenceKind
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
 from trainer.check_offload import gradients_problems, host_problems, states_problems, tier_problems
 from trainer.engines import deepspeed_config
@@ -159,20 +159,23 @@ def shard_problems(cfg: Config, ranks: int) -> list[str]:
             "optim.basis_copies=true: has no effect with parallel.zero=0, where every rank has every basis; leave it "
             "out, or use parallel.zero=1, 2 or 3"
         )
-    package = getattr(cfg.optim, "package", None)
-    if package is not None and parallel.engine.value == "torch" and parallel.zero and ranks > 1:
+    if getattr(cfg.optim, "basis_copies", False) and parallel.matrices is Matrices.owners:
         found.append(
-            f"optim={cfg.optim.name}: {package} lays its blocks over whole parameters, which parallel.zero="
-            f"{parallel.zero} cuts into rows; use parallel.zero=0, or an optimizer of ours, such as optim=adamw_8bit"
+            "optim.basis_copies=true: has no effect with parallel.matrices=owners, where a basis is its owner's alone; "
+            "use one of the two"
         )
+    package = getattr(cfg.optim, "package", None)
+    if package is not None and parallel.engine.value == "torch" and ranks > 1:
+        cut = f"parallel.zero={parallel.zero}" if parallel.zero > 1 else "parallel.matrices=rows"
+        if parallel.zero > 1 or parallel.matrices is Matrices.rows:
+            found.append(
+                f"optim={cfg.optim.name}: {package} lays its blocks over whole parameters, which {cut} cuts into rows; "
+                "use parallel.zero=1 or 0, or an optimizer of ours, such as optim=adamw_8bit"
+            )
     if cfg.optim.in_backward and parallel.zero == 1:
         found.append(
             "optim.in_backward=true: with parallel.zero=1 gradients are summed in DDP's buckets, which free none in "
             "backward; use parallel.zero=0, 2 or 3"
-        )
-    if cfg.optim.in_backward and parallel.replicas > 1:
-        found.append(
-            f"optim.in_backward=true: is not available with parallel.replicas={parallel.replicas}; use replicas=1"
         )
     return found
 

@@ -20,10 +20,10 @@ def states_problems(cfg: Config) -> list[str]:
         return []
     found = []
     if cfg.parallel.engine is EngineName.deepspeed:
-        device = "nvme" if cfg.offload.states is StatePlace.disk else "cpu"
         found.append(
             f"{asked}: parallel.engine=deepspeed places states itself; use offload.states=none with "
-            f"deepspeed.zero_optimization.offload_optimizer.device={device}, or parallel.engine=torch"
+            "deepspeed.zero_optimization.offload_optimizer.device=cpu, or parallel.engine=torch, which moves them at "
+            "the same parallel.zero"
         )
     if cfg.offload.gradients and cfg.optim.in_backward:
         found.append(

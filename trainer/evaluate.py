@@ -103,7 +103,7 @@ def evaluate_run(run: Path, overrides: list[str], step: int | None) -> Evaluatio
     with connected(cfg.parallel, cfg.run.device.value, cfg.run.threads) as world:
         checkpoint = open_checkpoint(folder, step, world)
         corpus = build_corpus(cfg.data, seed=cfg.seed, process_rank=world.process_rank, barrier=world.barrier)
-        model, _ = load_model(cfg, folder, checkpoint, world.device)
+        model, _ = load_model(cfg, folder, checkpoint, world)
         check_vocabulary(model.config, corpus.vocab_size)
         check_length(model.config, cfg.data.sequence_length)
         strategy = split_rows(cfg, world, model)

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import transformers
 from torch import nn
 
+from parallel.config import EngineName
 from parallel.launch import World
+from parallel.mesh import share_of
+from trainer.build import place
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.tokenizer import vocabulary_size
@@ -55,19 +57,27 @@ def load_tokenizer(folder: RunFolder) -> transformers.PreTrainedTokenizerBase:
 
 
 def load_model(
-    cfg: Config, folder: RunFolder, checkpoint: Checkpoint, device: torch.device
+    cfg: Config, folder: RunFolder, checkpoint: Checkpoint, world: World
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """Return the run's model with the checkpoint's weights, in evaluation mode, and its tokenizer."""
+    """Return the run's model with the checkpoint's weights, in evaluation mode, and its tokenizer.
+
+    With parallel.zero=2 or 3, several ranks share its weights; none ever holds them all. Every rank calls it.
+    """
     tokenizer = load_tokenizer(folder)
+    cfg = replace(cfg, parallel=replace(cfg.parallel, engine=EngineName.torch, replicas=1))
     # the weights come from the checkpoint: no need to read the pretrained ones first
     drawn = replace(cfg.model, weights=Initial.random)
+    share = share_of(world, cfg.parallel)
     model = build_model(
         drawn,
         model_config(drawn, tokenizer, vocabulary_size(tokenizer)),
         weights=cfg.precision.weights,
         int8=int8_matrices(cfg),
-        device=device,
+        device=world.device,
         seed=cfg.seed,
+        share=share,
     )
+    if share is not None:
+        place(cfg, world, model)
     checkpoint.load(dict(model_tensors(model)), leave=("*",))
     return model.eval(), tokenizer

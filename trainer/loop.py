@@ -149,8 +149,13 @@ def log(run: Run, stepped: Stepped) -> None:
 
 def new_subspaces(run: Run) -> dict[str, Any] | None:
     """Return how well the subspaces fit, if one was refreshed since this was last written."""
-    before, run.subspaces = run.subspaces, subspaces(run.built.optimizer)
+    before, run.subspaces = run.subspaces, subspaces_of(run.built)
     return None if run.subspaces == before else run.subspaces
+
+
+def subspaces_of(built: Built) -> dict[str, Any] | None:
+    """How well the subspaces fit, whichever ranks they are on. Every rank calls it."""
+    return subspaces(built.engine.numbers().values()) if hasattr(built.cfg.optim, "rank") else None
 
 
 def measure(run: Run) -> None:

@@ -12,10 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from optim.int8_model import quantize_weights
-from parallel.mesh import Share
 from trainer.errors import UserError, first_line
 from trainer.precision import Int8Matrices, torch_dtype, widen
-from trainer.rows import draw_rows, without_storage
+from trainer.rows import Part, draw_rows, without_storage
 from trainer.schema import Dtype, Initial, ModelConfig
 from trainer.sizes import ROUND_VOCABULARY
 from trainer.streamed import read_rows
@@ -73,16 +72,15 @@ def build_model(
     device: torch.device,
     seed: int,
     int8: Int8Matrices | None = None,
-    share: Share | None = None,
+    share: Part | None = None,
 ) -> nn.Module:
     """Make the model on `device` with weights in `weights`, from `seed` or from `cfg.path`, in training mode.
 
     Args:
         int8: what of it to keep in int8. Such a model begins in the host's memory and arrives on `device` one matrix
             after the other, where it would not fit in full.
-        share: of each parameter, the rows to keep. Parameters then have no storage and carry these rows for
-            `parallel.shard`, and no more than one of them was ever held whole. No effect beside `int8`, and in fp64,
-            which is for proofs: both are made whole.
+        share: of each parameter, the part to keep. Parameters then have no storage and carry that part as attribute
+            `rows`, for `parallel.shard` or DeepSpeed, and no more than one of them was ever held whole.
 
     Raises:
         UserError: the folder has no safetensors, its weights do not fit its own configuration, or `int8` finds none.
@@ -90,22 +88,22 @@ def build_model(
     options: dict[str, Any] = {"attn_implementation": cfg.attention.value, "trust_remote_code": cfg.trust_remote_code}
     # fp64 starts from the fp32 draw, so that both precisions train the same model.
     dtype = torch.float32 if weights is Dtype.fp64 else torch_dtype(weights)
-    share = None if weights is Dtype.fp64 or int8 is not None else share
+    first = device if int8 is None else torch.device("cpu")
 
     def make() -> nn.Module:
-        with device if int8 is None else torch.device("cpu"):
+        with first:
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-any-return]
 
     if cfg.weights is Initial.pretrained and share is not None:
         with without_storage():
             model = make()
-        read_rows(model, str(cfg.path), share.rows, dtype, device)
+        read_rows(model, str(cfg.path), share.read, dtype, first)
     elif cfg.weights is Initial.pretrained:
         model = load_pretrained(cfg, config, dtype, options)
     else:
         torch.manual_seed(seed)
         try:
-            model = make() if share is None else draw_rows(make, share.cut, device)
+            model = make() if share is None else draw_rows(make, share.cut, first)
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"model.attention={cfg.attention.value}: {type(config).__name__} cannot be built with it "
@@ -121,14 +119,25 @@ def build_model(
             quantize_weights(model, int8.targets, int8.group, device)
         except ValueError as error:
             raise UserError(str(error)) from error
+    if share is not None:
+        move_rows(model, device)
     # Never `to(dtype)`: it would round the rotary frequencies too, which stay fp32 in a model with bf16 weights.
-    if share is None and any(tensor.device != device for tensor in model.parameters()):
+    elif any(tensor.device != device for tensor in model.parameters()):
         model.to(device)
     if weights is Dtype.fp64:
         widen(model)
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache would also switch off the mask between packed documents
     model.train()
     return model
+
+
+def move_rows(model: nn.Module, device: torch.device) -> None:
+    """Bring to `device` the rows that parameters of no storage carry, and the buffers."""
+    for parameter in model.parameters():
+        parameter.rows = parameter.rows.to(device)  # type: ignore[attr-defined]
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(device)
 
 
 def load_pretrained(cfg: ModelConfig, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:

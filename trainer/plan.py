@@ -100,8 +100,9 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
     """
     if cfg.parallel.engine is not EngineName.torch:
         raise UserError(
-            f"parallel.engine={cfg.parallel.engine.value}: its step cannot be taken on fake tensors; plan the torch "
-            "engine at the same parallel.zero, which holds the same but for the library's buffers"
+            f"parallel.engine={cfg.parallel.engine.value}: its step reads numbers from its tensors, which fake ones do "
+            "not have. Plan parallel.engine=torch at the same parallel.zero: activations and states are the same; "
+            "DeepSpeed holds weights in the dtype of the products, and 4 bytes a weight over the ranks for masters"
         )
     world = World(
         process_count=ranks, device=device, gradients=PretendedGroup(ranks) if ranks > 1 else None,
@@ -172,7 +173,11 @@ def staged(trainable: Trainable, generators: dict[str, Tensor]) -> int:
     cfg = trainable.cfg.checkpoint
     if cfg.mode is SaveMode["sync"]:
         return 0
-    return staging_bytes(trainable.engine.tensors() | generators, trainable.world.process_count, cfg.host_bytes())
+    engine = trainable.engine
+    assert isinstance(engine, TorchEngine)
+    return staging_bytes(
+        engine.tensors() | generators, trainable.world.process_count, cfg.host_bytes(), holders=engine.spread.holders
+    )
 
 
 def made_up_batch(cfg: Config, shares: int) -> StepBatch:

@@ -11,7 +11,8 @@
 | fp64 | fp64 | for proofs of equality: RMSNorms, which transformers computes in fp32, are widened too |
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MethodType
 
@@ -120,10 +121,13 @@ def wide_rms_norm_plus_one(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def widen(model: nn.Module) -> None:
-    """Make an fp32 model an fp64 one, fake weights included (which `model.to` does not convert)."""
+    """Make an fp32 model an fp64 one, fake weights included (which `model.to` does not convert), and the rows that
+    parameters of no storage carry."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.double()
+            if hasattr(tensor, "rows"):
+                tensor.rows = tensor.rows.double()
     widen_norms(model)
 
 
@@ -136,9 +140,9 @@ def widen_norms(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if "RMSNorm" not in type(module).__name__ or not hasattr(module, "weight"):
             continue
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        probe = torch.linspace(-2, 3, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
-        with torch.no_grad():
+        count: int = module.weight.numel()  # type: ignore[assignment,operator]
+        probe = torch.linspace(-2, 3, count, dtype=torch.float64)[None]
+        with torch.no_grad(), weights_for_a_while(module, torch.linspace(1.5, 0.5, count, dtype=torch.float64)):
             expected = module(probe)
             for wide in (wide_rms_norm, wide_rms_norm_plus_one):
                 if isinstance(probe, FakeTensor) or torch.allclose(wide(module, probe), expected, rtol=1e-5, atol=1e-6):
@@ -149,3 +153,14 @@ def widen_norms(model: nn.Module) -> None:
                     f"precision.weights=fp64: {name} ({type(module).__name__}) computes in fp32 in a way "
                     "that is not known here. Use precision=fp32 for this model."
                 )
+
+
+@contextmanager
+def weights_for_a_while(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Give a module another weight: its own may have no storage yet, and of a new norm is the same number all along."""
+    own = module._parameters["weight"]
+    module._parameters["weight"] = nn.Parameter(weight)
+    try:
+        yield
+    finally:
+        module._parameters["weight"] = own

@@ -6,9 +6,9 @@ is written to one of them, and has it done to a whole tensor, of which there is 
 is written, the rows that are this rank's are cut out and the rest is freed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ OVERWRITING = {
 
 Cut = Callable[[Tensor], Tensor]
 """From a whole tensor to a copy of the part to keep."""
+
+
+class Part(Protocol):
+    """Which part of every parameter a rank keeps, known without talking to the others."""
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A copy of the part of a whole tensor."""
+        ...
+
+    def read(self, stored: Any, shape: Sequence[int]) -> Tensor:
+        """The part of a tensor of `shape` in a file, of which `stored` gives any slice."""
+        ...
 
 
 def draw_rows(build: Callable[[], nn.Module], cut: Cut, device: torch.device) -> nn.Module:

@@ -119,11 +119,14 @@ def run_watched(cfg: Config) -> Result:
 
 def tell_uncoded(built: Built, recorder: Recorder) -> None:
     """Say once how many parameters a low-bit optimizer keeps in full precision, and what that takes."""
-    count, total, held = uncoded(built.optimizer)
+    held: dict[str, int] = {}
+    for each in gather_objects(built.world, uncoded(built.optimizer)):
+        held |= each
+    count = sum(size > 0 for size in held.values())
     if count:
         recorder.notice(
-            f"{count} of {total} parameters keep their states in full precision (vectors, small and odd shapes): "
-            f"{format_bytes(held)}"
+            f"{count} of {len(held)} parameters keep their states in full precision (vectors, small and odd shapes): "
+            f"{format_bytes(sum(held.values()))}"
         )
 
 

@@ -99,10 +99,10 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def set_numbers(optimizer: Optimizer, names: dict[Tensor, str], numbers: dict[str, Any]) -> None:
-    """Put state numbers, as `optimizer_numbers` gave them, into `optimizer`."""
-    by_name = {name: parameter for parameter, name in names.items()}
-    for name, values in numbers.items():
-        optimizer.state[by_name[name]].update(values)
+    """Put state numbers, as `optimizer_numbers` gave them, into `optimizer`, of the parameters that are in it."""
+    for parameter, name in names.items():
+        if name in numbers:
+            optimizer.state[parameter].update(numbers[name])
 
 
 def run_tensors(engine: "Engine", rank: int, device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Pretrained weights read row by row: a rank reads its own rows of each safetensors tensor, and nothing else."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from trainer.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-Rows = Callable[[int], slice]
-"""From the number of rows of a tensor to those to read."""
+Read = Callable[[Any, Sequence[int]], Tensor]
+"""From what gives slices of a stored tensor, and its shape, to the part to keep."""
 
 
 def weights_folder(path: str) -> Path:
@@ -24,8 +25,8 @@ def weights_folder(path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def read_rows(model: nn.Module, path: str, rows: Rows, dtype: torch.dtype, device: torch.device) -> None:
-    """Give each parameter of `model`, which has no storage, its rows from the files as attribute `rows`.
+def read_rows(model: nn.Module, path: str, read: Read, dtype: torch.dtype, device: torch.device) -> None:
+    """Give each parameter of `model`, which has no storage, its part from the files as attribute `rows`.
 
     Args:
         dtype: of the rows; files may hold another.
@@ -50,7 +51,7 @@ def read_rows(model: nn.Module, path: str, rows: Rows, dtype: torch.dtype, devic
                     f"model.path={path}: its {known[0]} has shape {tuple(stored.get_shape())}, its config.json asks "
                     f"for {tuple(parameter.shape)}. Give a folder whose files belong together."
                 )
-            mine: Tensor = stored[rows(parameter.shape[0])]
+            mine = read(stored, parameter.shape)
         parameter.rows = mine.to(device=device, dtype=dtype)  # type: ignore[attr-defined]
     if missing:
         raise UserError(

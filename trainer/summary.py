@@ -7,7 +7,6 @@ from typing import Any
 
 from optim import registry
 from optim.config import AdamWConfig
-from optim.describe import subspaces
 from parallel.config import EngineName
 from parallel.dtensor import local
 from trainer.build import Built
@@ -16,7 +15,7 @@ from trainer.display.progress import RunInfo
 from trainer.display.report import Memory, Outcome, print_report
 from trainer.errors import first_line
 from trainer.folder import RunFolder
-from trainer.loop import Run, beside_now
+from trainer.loop import Run, beside_now, subspaces_of
 from trainer.memory import Peak, beside_text
 from trainer.metrics import read_metrics
 from trainer.model import global_shape, parameter_count
@@ -98,7 +97,7 @@ def figures(run: Run) -> dict[str, Any]:
             "eval_perplexity_authors": run.evaluation.authors_perplexity,
             "eval_targets": run.evaluation.targets,
         }
-    if fit := subspaces(run.built.optimizer):
+    if fit := subspaces_of(run.built):
         found["subspace"] = fit
     if run.timelines:
         peak = highest_peak(run)

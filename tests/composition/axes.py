@@ -52,11 +52,14 @@ class Axis:
     method: bool
     values: tuple[Value, ...]
 
+    @cached_property
+    def by_name(self) -> dict[str, Value]:
+        return {value.name: value for value in self.values}
+
     def __getitem__(self, name: str) -> Value:
-        found = {value.name: value for value in self.values}
-        if name not in found:
-            raise ValueError(f"{self.name}={name}: unknown; known are {', '.join(found)}")
-        return found[name]
+        if name not in self.by_name:
+            raise ValueError(f"{self.name}={name}: unknown; known are {', '.join(self.by_name)}")
+        return self.by_name[name]
 
 
 def v(name: object, *overrides: str, **settings: Any) -> Value:
@@ -158,6 +161,9 @@ AXES: tuple[Axis, ...] = (
     Axis("ranks", "processes (gloo)", False, tuple(v(n, ranks=n) for n in (1, 2, 3, 4))),
     Axis("zero", "what is sharded over the ranks", False, (v(0), *(v(n, f"parallel.zero={n}") for n in (1, 2, 3)))),
     Axis("replicas", "groups of ranks that hold the whole each", False, (v(1), v(2, "parallel.replicas=2"))),
+    Axis("matrices", "whether matrices that are stepped whole have one owner each, under zero=1", False, (
+        v("auto"), v("rows", "parallel.matrices=rows"), v("owners", "parallel.matrices=owners"),
+    )),
     Axis("accumulate", "where the micro-batches of a step add up", False, (
         v("auto"), v("local", "parallel.accumulate=local"), v("sharded", "parallel.accumulate=sharded"),
     )),
@@ -326,7 +332,8 @@ def problems(combination: Combination) -> tuple[str, ...]:
         *path, name = key.split(".")
         if path:
             put(functools.reduce(getattr, path, cfg), name, text)
-    with mock.patch.dict(os.environ, WORLD_SIZE=str(combination.ranks)):
+    nowhere = mock.patch.object(check, "folder_problems", lambda cfg: [])  # which tries to write, thousands of times
+    with nowhere, mock.patch.dict(os.environ, WORLD_SIZE=str(combination.ranks)):
         return (*check.problems(cfg), *check.start_problems(cfg))
 
 
@@ -344,6 +351,10 @@ def put(section: Any, name: str, text: str) -> None:
 
 def applies(values: tuple[Value, ...], optimizer: str) -> bool:
     """Whether `optimizer` has the options of `values`. Asking for others is refused as any unknown option is."""
-    has = {field.name for field in fields(CONFIGS[optimizer])}
-    asked = {o.removeprefix("optim.").split("=")[0] for x in values for o in x.overrides if o.startswith("optim.")}
-    return asked <= has
+    return all(has_options(value.overrides, optimizer) for value in values)
+
+
+@functools.cache
+def has_options(overrides: tuple[str, ...], optimizer: str) -> bool:
+    asked = {each.removeprefix("optim.").split("=")[0] for each in overrides if each.startswith("optim.")}
+    return asked <= {field.name for field in fields(CONFIGS[optimizer])}

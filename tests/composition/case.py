@@ -112,7 +112,7 @@ def attempt(job: Job, world: World) -> Report:
 def train_on(run: Run, report: Report) -> None:
     """Train to the end or to the signal, and note what was held."""
     built = run.built
-    alone = built.world.process_count == 1
+    alone = built.world.process_count == 1 and built.cfg.parallel.engine is EngineName.torch  # as references are
     first = {name: p.detach().clone() for name, p in built.model.named_parameters()} if alone else {}
     with suppress(Interrupted):
         train(run)

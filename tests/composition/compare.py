@@ -1,7 +1,9 @@
 """How far two trainings are from each other, and how far they may be.
 
 exact   fp64: the layouts compute the same sums in another order. 1e-9, relative, on losses, gradient norms, weights
-        and states; codes of quantized states at most one apart.
+        and states; codes of quantized states at most one apart. Where a method itself makes more of rounding (Adam of
+        directions in which a gradient has 1e-8 of its size, say), as far as one process gets from itself by splitting
+        its batch, as below.
 drift   narrower formats: rounding differs with the order of a sum, and an optimizer that divides by the root of a
         second moment turns a gradient that is all rounding into a full step. How much is measured on the method
         itself: one process that splits the same batch into 2 and into 4 micro-steps, with no collective and no shard
@@ -133,8 +135,8 @@ def limits(precision: str, yardstick: dict[str, float], *, drifts: bool, lossy: 
         lossy: whether activations are kept in 8 bits.
     """
     if precision == "fp64" and not drifts:
-        return dict.fromkeys(("first loss", "first grad_norm", "loss", "grad_norm", "eval_loss", "weights", "states",
-                              "numbers", "tensors"), EXACT)  # fmt: skip
+        keys = ("first loss", "first grad_norm", "loss", "grad_norm", "eval_loss", "weights", "states", "numbers")
+        return {"tensors": 0.0} | {key: max(EXACT, DRIFT * yardstick.get(key, 0.0)) for key in keys}
     least = max(ROUNDING[precision], CODE if lossy else 0.0)
     found = {key: DRIFT * yardstick.get(key, 0.0) + least for key in ("loss", "grad_norm", "eval_loss", "weights")}
     first = FIRST["fp64" if drifts else precision]

@@ -1,6 +1,6 @@
 """Few combinations that hold every pair of values: a covering array, found greedily and the same every time.
 
-With strength 1 every value alone, with 3 every triple.
+With strength 1 every value alone, with 3 every triple; TRIPLES are those that are held besides.
 
 What the configuration check refuses is no use in an array, for nothing else in such a row is tried. A refused row is
 reduced to its core - the values that it takes to be refused - and no later row contains one. A pair that has no place
@@ -10,6 +10,7 @@ in any row is refused itself.
 import functools
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -20,12 +21,32 @@ Choice = tuple[str, str]
 T = TypeVar("T")
 Core = frozenset[Choice]
 
+TRIPLES = (
+    ("zero", "in_backward", "accumulation"),
+    ("zero", "in_backward", "clip"),
+    ("zero", "accumulate", "accumulation"),
+    ("zero", "offload", "in_backward"),
+    ("zero", "precision", "embeddings"),
+    ("zero", "activations", "blocks"),
+    ("zero", "sequence", "engine"),
+    ("zero", "checkpoint", "resume"),
+    ("sequence", "activations", "accumulation"),
+    ("offload", "checkpoint", "resume"),
+)
+"""Axes whose code meets three at a time: what is cut, when it is summed and stepped, and what lies elsewhere meanwhile.
+(Every optimizer under every stage on every number of ranks is in `test_stages.py`.)"""
+
 TRIES = 6
 """Candidates for each row that cover much, and that are plain; the one with most new pairs is taken."""
 
 
 def pairs_of(combination: Combination, strength: int = 2) -> set[Core]:
     return {frozenset(pair) for pair in itertools.combinations(combination.items(), strength)}
+
+
+def triples_of(combination: Combination) -> set[Core]:
+    """What it holds of TRIPLES."""
+    return {frozenset((axis, combination[axis]) for axis in axes) for axes in TRIPLES}
 
 
 def values_of(core: Core) -> tuple:  # type: ignore[type-arg]
@@ -48,13 +69,23 @@ def minimal(core: Core) -> Iterator[Combination]:
 @functools.cache
 def meaningful_pairs(fixed: Core = frozenset(), strength: int = 2) -> list[Core]:
     """Pairs of values of two axes that some optimizer has the options for, `fixed` values given."""
+    return _meaningful(itertools.combinations(BY_NAME, strength), fixed)
+
+
+@functools.cache
+def meaningful_triples(fixed: Core = frozenset()) -> list[Core]:
+    """Triples of values of the axes of TRIPLES that some optimizer has the options for, `fixed` values given."""
+    return _meaningful(TRIPLES, fixed)
+
+
+def _meaningful(groups: Iterable[tuple[str, ...]], fixed: Core) -> list[Core]:
     taken = dict(fixed)
-    choices = [
-        [(axis.name, value.name) for value in axis.values if taken.get(axis.name, value.name) == value.name]
+    choices = {
+        axis.name: [(axis.name, value.name) for value in axis.values if taken.get(axis.name, value.name) == value.name]
         for axis in AXES
-    ]
-    pairs = (frozenset(p) for few in itertools.combinations(choices, strength) for p in itertools.product(*few))
-    return [pair for pair in pairs if optimizers_for(pair | fixed)]
+    }
+    found = (frozenset(core) for axes in groups for core in itertools.product(*(choices[axis] for axis in axes)))
+    return [core for core in found if optimizers_for(core | fixed)]
 
 
 Problems = Callable[[Combination], Sequence[str]]
@@ -94,16 +125,23 @@ def neighbours(combination: Combination, axis: Axis) -> Iterator[Combination]:
 
 
 class Array:
-    """Grows row by row. `refusals` holds the core of everything that was refused, with the reason."""
+    """Grows row by row. `refusals` holds the core of everything that was refused, with the reason.
 
-    def __init__(self, fixed: Core = frozenset(), strength: int = 2) -> None:
+    Args:
+        triples: hold TRIPLES too.
+    """
+
+    def __init__(self, fixed: Core = frozenset(), strength: int = 2, *, triples: bool = False) -> None:
         self.fixed, self.strength, self.draw = fixed, strength, random.Random(0)
-        self.uncovered = dict.fromkeys(meaningful_pairs(fixed, strength))  # ordered, unlike a set
+        wanted = meaningful_pairs(fixed, strength) + (meaningful_triples(fixed) if triples else [])
+        self.uncovered = dict.fromkeys(wanted)  # ordered, unlike a set
         self.impossible: list[Core] = []
         self.refusals: dict[Core, str] = {}
+        self._refused: dict[Choice, list[Core]] = defaultdict(list)
+        """The cores of `refusals` by each of their values."""
 
     def rows(self) -> Iterator[Combination]:
-        """Yield rows until every pair is covered or found impossible."""
+        """Yield rows until everything wanted is covered or found impossible."""
         while self.uncovered:
             row = self._next_row()
             if row is not None:
@@ -111,8 +149,8 @@ class Array:
                 yield row
 
     def cover(self, row: Combination) -> None:
-        for pair in pairs_of(row, self.strength):
-            self.uncovered.pop(pair, None)
+        for core in pairs_of(row, self.strength) | triples_of(row):
+            self.uncovered.pop(core, None)
 
     def _next_row(self) -> Combination | None:
         """A row with the first uncovered pair and as many others as a few tries find; None if there is no such row."""
@@ -125,43 +163,57 @@ class Array:
                 if not row.problems:
                     return row
                 for problem in row.problems:
-                    core = reduce_to_core(row, problem, lambda combination: combination.problems)
-                    self.refusals.setdefault(core, problem)
+                    self._refuse(reduce_to_core(row, problem, lambda combination: combination.problems), problem)
         if len(self.refusals) == known:
             del self.uncovered[pair]
             self.impossible.append(pair)
         return None
 
+    def _refuse(self, core: Core, problem: str) -> None:
+        if core not in self.refusals:
+            self.refusals[core] = problem
+            for choice in core:
+                self._refused[choice].append(core)
+
     def _complete(self, chosen: dict[str, str], *, plain: bool) -> Combination | None:
         """Choose for each open axis, in random order, a value that is in no refused core: one that covers most, which
         may leave nothing for another axis, or the default where `plain`."""
+        if self._is_refused(chosen):
+            return None
         for axis in self._shuffled([axis for axis in AXES if axis.name not in chosen]):
             gains: list[tuple[int, float, str]] = []
             for value in axis.values:
-                if applies((value,), chosen["optimizer"]) and not self._hits(chosen | {axis.name: value.name}):
-                    choice = (axis.name, value.name)
-                    new = int(value is axis.values[0]) if plain else self._new(choice, list(chosen.items()))
+                choice = (axis.name, value.name)
+                if applies((value,), chosen["optimizer"]) and not self._hits(chosen, choice):
+                    new = int(value is axis.values[0]) if plain else self._new(choice, chosen)
                     exact = axis.name == "precision" and value is axis.values[0]  # the strictest, and quickest
                     gains.append((new, exact + self.draw.random(), value.name))
             if not gains:
                 return None
             chosen[axis.name] = max(gains)[2]
         row = Combination.of(**chosen)
-        return row if self._allowed(row) else None
+        return row if row.is_meaningful() and not self._is_refused(chosen) else None
 
-    def _new(self, choice: Choice, chosen: list[Choice]) -> int:
-        few = itertools.combinations(chosen, self.strength - 1)
-        return sum(frozenset([choice, *others]) in self.uncovered for others in few)
+    def _new(self, choice: Choice, chosen: dict[str, str]) -> int:
+        few = [frozenset([choice, *others]) for others in itertools.combinations(chosen.items(), self.strength - 1)]
+        axes = [[axis for axis in triple if axis != choice[0]] for triple in TRIPLES if choice[0] in triple]
+        few += [
+            frozenset([choice, (one, chosen[one]), (other, chosen[other])])
+            for one, other in axes
+            if one in chosen and other in chosen
+        ]
+        return sum(core in self.uncovered for core in few)
 
     def _gain(self, row: Combination) -> int:
-        return sum(pair in self.uncovered for pair in pairs_of(row, self.strength))
+        return sum(core in self.uncovered for core in pairs_of(row, self.strength) | triples_of(row))
 
-    def _hits(self, chosen: dict[str, str]) -> bool:
-        items = set(chosen.items())
-        return any(core <= items for core in self.refusals)
+    def _hits(self, chosen: dict[str, str], choice: Choice) -> bool:
+        """Whether `choice` makes of `chosen` something that contains a refused core."""
+        items = {*chosen.items(), choice}
+        return any(core <= items for core in self._refused[choice])
 
-    def _allowed(self, row: Combination) -> bool:
-        return row.is_meaningful() and not self._hits(dict(row.items()))
+    def _is_refused(self, chosen: dict[str, str]) -> bool:
+        return any(self._hits(chosen, choice) for choice in chosen.items())
 
     def _shuffled(self, things: Sequence[T]) -> list[T]:
         return self.draw.sample(list(things), len(things))

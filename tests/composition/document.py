@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.composition.axes import AXES, BY_NAME, GAP, GLOBAL_BATCH, STEPS, Axis
 from tests.composition.compare import DRIFT, EXACT, FIRST, ROUNDING
-from tests.composition.cover import Core, meaningful_pairs
+from tests.composition.cover import TRIPLES, Core, meaningful_pairs, meaningful_triples
 from tests.composition.survey import Survey
 
 PATH = Path(__file__).parents[2] / "docs" / "composition.md"
@@ -20,8 +20,8 @@ def written(survey: Survey) -> str:
 
 def opening(survey: Survey) -> list[str]:
     kinds = [outcome.kind for outcome in survey.outcomes.values()]
-    pairs, equal = meaningful_pairs(), survey.equal_pairs()
-    covered = sum(pair in equal for pair in pairs)
+    equal, refused = survey.equal(), set(survey.impossible)
+    pairs, triples = meaningful_pairs(), meaningful_triples()
     return [
         "# What can be combined",
         "",
@@ -35,11 +35,18 @@ def opening(survey: Survey) -> list[str]:
         "process are the losses and gradient norms of all steps, the evaluation, the last checkpoint's weights,",
         "states and numbers, and the bytes that each rank holds.",
         "",
-        f"**{covered} of {len(pairs)} pairs of values are equal ({covered / len(pairs):.1%}), "
-        f"{len(survey.refused_pairs)} refused**, from {kinds.count('equal')} combinations equal to one process.",
-        *rest(survey, len(pairs) - covered - len(survey.refused_pairs)),
+        f"**{counted(pairs, equal, refused)} pairs of values**, from {kinds.count('equal')} combinations equal to one "
+        "process; and",
+        f"{counted(triples, equal, refused)} triples of the axes {', '.join(' x '.join(axes) for axes in TRIPLES)}.",
+        *rest(survey, sum(core not in equal and core not in refused for core in (*pairs, *triples))),
         "",
     ]
+
+
+def counted(cores: list[Core], equal: set[Core], refused: set[Core]) -> str:
+    """How many are equal and how many refused, for the beginning of a sentence."""
+    held, no = sum(core in equal for core in cores), sum(core in refused for core in cores)
+    return f"{held} equal ({held / len(cores):.1%}) and {no} refused of {len(cores)}"
 
 
 def rest(survey: Survey, count: int) -> list[str]:
@@ -73,7 +80,7 @@ def axis_table() -> list[str]:
 
 def pairs_section(survey: Survey) -> list[str]:
     """Two tables: optimizers against the values of all layouts, and axes against axes."""
-    equal, refused = survey.equal_pairs(), set(survey.refused_pairs)
+    equal, refused = survey.equal(), set(survey.impossible)
     layouts = [axis for axis in AXES if not axis.method and axis.name not in ("ranks", "accumulation", "resume")]
     columns = [(axis.name, value.name) for axis in layouts for value in axis.values[1:]]
     lines = ["## Pairs", "", "Every optimizer under every layout: ● equal, – refused, · neither was shown.", ""]
@@ -114,7 +121,9 @@ def measured_section(survey: Survey) -> list[str]:
         "## Tolerances, and what was measured",
         "",
         f"In **fp64** everything is equal to {EXACT:g}, relative: the layouts compute the same sums in another order.",
-        "Codes of quantized states may be one apart. In **narrower formats** rounding differs with the order of a sum,",
+        "Codes of quantized states may be one apart. A method may make more of rounding itself: then as far as one",
+        "process gets from itself by splitting its batch otherwise (a row of its own below).",
+        "In **narrower formats** rounding differs with the order of a sum,",
         "and an optimizer that divides by the root of a second moment turns a gradient that is all rounding into a",
         "full step. How far a method drifts by itself is measured beside it: one process that splits the same batch",
         f"into 2 and 4 micro-steps, with no collective and no shard. A layout may drift {DRIFT:g} times as far, and",
@@ -137,6 +146,8 @@ def measured_section(survey: Survey) -> list[str]:
     for row, outcome in survey.outcomes.items():
         if outcome.kind == "equal":
             name = row["precision"] if row.is_exact or row["precision"] != "fp64" else "fp64, 8-bit activations"
+            if row.is_exact and max(outcome.distances.values()) > EXACT:
+                name = "fp64, as one process from itself"
             groups.setdefault(name, []).append(outcome.distances)
     for name, found in sorted(groups.items(), key=lambda item: item[0] != "fp64"):
         worst = [max(each.get(key, 0.0) for each in found) for key in SHOWN]

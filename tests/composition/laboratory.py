@@ -1,9 +1,11 @@
 """Runs combinations and judges them: equal to one process, refused with a reason, or wrong."""
 
+import itertools
 import json
 import random
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,102 +50,112 @@ class Failed(Exception):
 
 
 class Laboratory:
-    """Context that owns the processes and a folder for text and runs; remembers references."""
+    """Context that owns the processes and a folder for text and runs; remembers single processes."""
 
     def __enter__(self) -> "Laboratory":
         self.folder = Path(tempfile.mkdtemp(prefix="composition-"))
         self.text = documents(self.folder / "text.jsonl")
         self.pools = Pools().__enter__()
-        self._references: dict[tuple[Combination, bool], tuple[Trained, dict[str, float]] | Failed] = {}
-        self._wider: dict[Combination, list[dict[str, float]]] = {}
-        self._runs = 0
+        self.pools_beside = Pools().__enter__()
+        """Of references, which run beside what is compared with them."""
+        self._beside = ThreadPoolExecutor(1)
+        self._alone: dict[Combination, Trained | Failed] = {}
+        self._drifts: dict[tuple[Combination, Combination], dict[str, float]] = {}
+        self._runs = itertools.count()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._beside.shutdown(cancel_futures=True)
+        self.pools_beside.__exit__()
         self.pools.__exit__()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def judge(self, combination: Combination, fault: str = "") -> Outcome:
         """Run a combination, with a mistake made on purpose if named, and its reference, unless known; compare."""
+        method = combination.reference
+        reading = self._beside.submit(self.alone, method)
         try:
-            found = self.train(combination, fault)
+            found = self.train(combination, self.pools, fault)
         except Failed as failed:
             kind = "refused" if failed.report.kind == "refused" else "crashed"
             return Outcome(kind, failed.report.text)
+        finally:
+            wait([reading])
         try:
-            reference, yardstick = self.reference(combination.reference, codes=combination.splits_codes)
+            reference = reading.result()
+            measured = distances(found, reference)
+            allowed = self.allowed(combination, reference, measured)
         except Failed as failed:  # the layout accepts what one process refuses, or the method itself is broken
-            return Outcome("crashed", f"its reference ({combination.reference}): {failed}")
-        measured = distances(found, reference)
-        drifts, lossy = combination.drifts, combination["activations"] in ("int8", "fp8")
-        allowed = limits(combination["precision"], yardstick, drifts=drifts, lossy=lossy)
-        if beyond(measured, allowed) and not combination.is_exact:
-            yardstick = self.wider(combination.reference, reference, yardstick)
-            allowed = limits(combination["precision"], yardstick, drifts=drifts, lossy=lossy)
+            return Outcome("crashed", f"its reference ({method}): {failed}")
         if beyond(measured, allowed):
             return Outcome("differs", "", measured, allowed)
         without_effect = ignored(combination, found, reference)
         return Outcome("ignored" if without_effect else "equal", "; ".join(without_effect), measured, allowed)
 
-    def reference(self, method: Combination, *, codes: bool = False) -> tuple[Trained, dict[str, float]]:
-        """The single-process training of a method, and how far it drifts when it splits its own batch otherwise.
+    def alone(self, method: Combination) -> Trained:
+        """The single-process training of a method.
 
-        Args:
-            codes: count as drift what 8-bit activations lose at all, beside the same that keeps them.
+        Raises:
+            Failed: it was refused or crashed.
         """
-        if (method, codes) not in self._references:
+        if method not in self._alone:
             try:
-                alone = self.train(method)
-                twins = [] if method.is_exact else [method.but(accumulation=n) for n in TWINS]
-                twins += [method.but(activations="keep")] if codes else []
-                measured = [distances(self.train(twin), alone) for twin in twins]
-                yardstick = {key: max(each[key] for each in measured) for key in (measured[0] if measured else ())}
-                self._references[method, codes] = (alone, yardstick)
+                self._alone[method] = self.train(method, self.pools_beside)
             except Failed as failed:
-                self._references[method, codes] = failed
-        found = self._references[method, codes]
+                self._alone[method] = failed
+        found = self._alone[method]
         if isinstance(found, Failed):
             raise found
         return found
 
-    def wider(self, method: Combination, alone: Trained, yardstick: dict[str, float]) -> dict[str, float]:
-        """The largest of a yardstick and what more single processes show."""
-        if method not in self._wider:
-            other = "whole" if method["mlp"] == "tiled" else "tiled"
-            twins = [method.but(mlp=other, accumulation=n) for n in MORE_TWINS]
-            self._wider[method] = [distances(self.train(twin), alone) for twin in twins]
-        every = [yardstick, *self._wider[method]]
-        return {key: max(each.get(key, 0.0) for each in every) for key in yardstick}
+    def allowed(self, combination: Combination, reference: Trained, measured: dict[str, float]) -> dict[str, float]:
+        """How far a combination may be from its reference: by as many twins of that as it takes to allow `measured`,
+        for each can only widen the limits; at last by all of them."""
+        drifts, lossy = combination.drifts, combination["activations"] in ("int8", "fp8")
+        yardstick: dict[str, float] = {}
+        for twin in [None, *twins(combination)]:
+            for key, value in self.drift(combination.reference, twin, reference).items() if twin else ():
+                yardstick[key] = max(yardstick.get(key, 0.0), value)
+            allowed = limits(combination["precision"], yardstick, drifts=drifts, lossy=lossy)
+            if not beyond(measured, allowed):
+                break
+        return allowed
 
-    def train(self, combination: Combination, fault: str = "") -> Trained:
-        """Train a combination to its last step.
+    def drift(self, method: Combination, twin: Combination, reference: Trained) -> dict[str, float]:
+        """How far a method is from itself, trained in one process in another way."""
+        if (method, twin) not in self._drifts:
+            self._drifts[method, twin] = distances(self.train(twin, self.pools_beside), reference)
+        return self._drifts[method, twin]
+
+    def train(self, combination: Combination, pools: Pools, fault: str = "") -> Trained:
+        """Train a combination to its last step, on processes of `pools`.
 
         Raises:
             Failed: it was refused, crashed or hung.
         """
-        self._runs += 1
-        folder = self.folder / f"run{self._runs}"
+        folder = self.folder / f"run{next(self._runs)}"
         try:
-            first = self._first_part(combination, folder)
+            first = self._first_part(combination, pools, folder)
             last = combination.reference if combination.resume == "to_one" else combination
-            reports = self._do(last, folder, stop=False, fault=fault)
+            reports = self._do(last, pools, folder, fault=fault)
             return trained(reports, first, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _first_part(self, combination: Combination, folder: Path) -> list[Report]:
+    def _first_part(self, combination: Combination, pools: Pools, folder: Path) -> list[Report]:
         if combination.resume == "straight":
             return []
-        reports = self._do(
-            combination.reference if combination.resume == "from_one" else combination, folder, stop=True
-        )
+        first = combination.reference if combination.resume == "from_one" else combination
+        reports = self._do(first, pools, folder, stop=True)
         if combination.resume != "from_one" and combination["checkpoint"] != "sync":
             # The last one was waited for, as a signal asked for the end: as if the run had been killed before that.
             shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
         return reports
 
-    def _do(self, combination: Combination, folder: Path, *, stop: bool, fault: str = "") -> list[Report]:
-        reports = self.pools.run(combination.ranks, Job(tuple(self.overrides(combination, folder)), stop, fault))
+    def _do(
+        self, combination: Combination, pools: Pools, folder: Path, *, stop: bool = False, fault: str = ""
+    ) -> list[Report]:
+        reports = pools.run(combination.ranks, Job(tuple(self.overrides(combination, folder)), stop, fault))
         wrong = worst(reports)
         if wrong is not None:
             raise Failed(wrong)
@@ -152,6 +164,19 @@ class Laboratory:
     def overrides(self, combination: Combination, folder: Path) -> list[str]:
         paths = ["data=jsonl", f"data.path={self.text}", f"data.cache_dir={self.folder / 'cache'}", f"run.dir={folder}"]
         return [*combination.overrides(), *paths]
+
+
+def twins(combination: Combination) -> list[Combination]:
+    """Single processes that show how far the method of a combination drifts by itself: those that split the batch
+    otherwise, that keep what 8-bit codes lose where it shows at all, and in narrow formats that run MLPs otherwise."""
+    method = combination.reference
+    found = [method.but(accumulation=n) for n in TWINS]
+    if combination.splits_codes:
+        found.append(method.but(activations="keep"))
+    if not combination.is_exact:
+        other = "whole" if method["mlp"] == "tiled" else "tiled"
+        found += [method.but(mlp=other, accumulation=n) for n in MORE_TWINS]
+    return found
 
 
 def beyond(measured: dict[str, float], allowed: dict[str, float]) -> bool:

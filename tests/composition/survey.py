@@ -1,4 +1,4 @@
-"""Everything known about pairs of values: run an array of combinations, and chase what its rows left open."""
+"""Everything known about pairs and triples of values: run an array of combinations, chase what its rows left open."""
 
 import math
 import time
@@ -6,32 +6,37 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from tests.composition.axes import Combination
-from tests.composition.cover import Array, Core, minimal, pairs_of, reduce_to_core
-from tests.composition.laboratory import Laboratory, Outcome
+from tests.composition.cover import Array, Core, minimal, pairs_of, reduce_to_core, triples_of
+from tests.composition.journal import Judge
+from tests.composition.laboratory import Outcome
 
 
 @dataclass
 class Survey:
-    """Outcomes by combination, and what follows for pairs."""
+    """Outcomes by combination, and what follows for pairs and triples."""
 
     outcomes: dict[Combination, Outcome] = field(default_factory=dict)
     refusals: dict[Core, str] = field(default_factory=dict)
     """The fewest values that are refused together, with the reason."""
-    refused_pairs: list[Core] = field(default_factory=list)
-    """Pairs that no combination may hold."""
+    impossible: list[Core] = field(default_factory=list)
+    """Pairs and triples that no combination may hold."""
 
     @property
     def failures(self) -> dict[Combination, Outcome]:
         return {combination: outcome for combination, outcome in self.outcomes.items() if not outcome.passes}
 
-    def equal_pairs(self) -> set[Core]:
-        """Pairs that some combination equal to its reference holds."""
+    def equal(self) -> set[Core]:
+        """Pairs and triples that some combination equal to its reference holds."""
         rows = [row for row, outcome in self.outcomes.items() if outcome.kind == "equal"]
-        return set().union(*(pairs_of(row) for row in rows))
+        return set().union(*(held_by(row) for row in rows))
+
+
+def held_by(row: Combination) -> set[Core]:
+    return pairs_of(row) | triples_of(row)
 
 
 def run(
-    laboratory: Laboratory,
+    laboratory: Judge,
     rows: Iterable[Combination],
     tell: Callable[[str], None] = lambda line: None,
     until: float = math.inf,
@@ -48,15 +53,28 @@ def run(
     return outcomes
 
 
+def one_part(
+    laboratory: Judge,
+    fixed: Core,
+    part: int,
+    parts: int,
+    tell: Callable[[str], None] = lambda line: None,
+    until: float = math.inf,
+) -> Survey:
+    """Judge every `parts`-th row of the covering array, from number `part` on, the first being 1."""
+    array = Array(fixed, triples=True)
+    rows = list(array.rows())[part - 1 :: parts]
+    return Survey(run(laboratory, rows, tell, until), array.refusals, array.impossible)
+
+
 def all_pairs(
-    laboratory: Laboratory,
+    laboratory: Judge,
     fixed: Core = frozenset(),
     tell: Callable[[str], None] = lambda line: None,
     until: float = math.inf,
 ) -> Survey:
-    """Judge a covering array; then, for each pair left open by a row refused only when it was built, the pair alone."""
-    array = Array(fixed)
-    survey = Survey(run(laboratory, array.rows(), tell, until), array.refusals, array.impossible)
+    """Judge a covering array; then, for what was left open by a row refused only when it was built, that alone."""
+    survey = one_part(laboratory, fixed, 1, 1, tell, until)
     refused = [row for row, outcome in survey.outcomes.items() if outcome.kind == "refused"]
 
     def problems(row: Combination) -> list[str]:
@@ -67,12 +85,12 @@ def all_pairs(
     for row in refused:
         text = survey.outcomes[row].text
         survey.refusals[reduce_to_core(row, text, problems)] = text
-    known = survey.equal_pairs()
-    left = {pair for row in [*survey.failures, *refused] for pair in pairs_of(row)} - known
-    for pair in sorted(left, key=sorted):
-        alone = [row for row in minimal(pair | fixed) if not row.problems]
+    known = survey.equal()
+    left = {core for row in [*survey.failures, *refused] for core in held_by(row)} - known
+    for core in sorted(left, key=sorted):
+        alone = [row for row in minimal(core | fixed) if not row.problems]
         survey.outcomes |= run(laboratory, [row for row in alone[:1] if row not in survey.outcomes], tell, until)
         tried = [row for row in alone if row in survey.outcomes]
         if not alone or (tried and all(survey.outcomes[row].kind == "refused" for row in tried)):
-            survey.refused_pairs.append(pair)
+            survey.impossible.append(core)
     return survey

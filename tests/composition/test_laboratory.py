@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.composition import journal
 from tests.composition.axes import Combination
 from tests.composition.case import Job
-from tests.composition.cover import Array, meaningful_pairs, pairs_of
-from tests.composition.laboratory import Laboratory
+from tests.composition.cover import Array, meaningful_pairs, meaningful_triples
+from tests.composition.journal import Journal
+from tests.composition.laboratory import Laboratory, Outcome
 from tests.composition.pool import Pool, worst
+from tests.composition.survey import all_pairs, held_by, one_part
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +60,49 @@ def test_a_refusal_comes_before_the_first_step_with_its_reason(laboratory: Labor
     assert outcome.kind == "refused" and "use optim.refresh=warm" in outcome.text
 
 
+class Counting:
+    """A judge that notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Combination] = []
+
+    def judge(self, combination: Combination) -> Outcome:
+        self.asked.append(combination)
+        return Outcome("equal", "", {"loss": 1e-12}, {"loss": 1e-9})
+
+
+def test_a_survey_that_was_cut_off_goes_on_from_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Combination.of(ranks=2), Combination.of(ranks=3)
+    judge = Counting()
+    began = Journal(tmp_path, judge)
+    assert began.judge(first) == began.judge(first) == judge.judge(first)
+    next(tmp_path.glob("*.jsonl")).open("a").write('{"code": "cut o')
+    again = Counting()
+    goes_on = Journal(tmp_path, again)
+    assert goes_on.judge(first) == judge.judge(first) and goes_on.judge(second).kind == "equal"
+    assert again.asked == [second]
+    monkeypatch.setattr(journal, "code", lambda: "of other code")
+    assert Journal(tmp_path, again).known == {}
+
+
+def test_parts_of_a_survey_are_the_whole_and_no_row_is_in_two(tmp_path: Path) -> None:
+    free = ("zero", "ranks", "accumulation", "in_backward")
+    fixed = frozenset((axis, name) for axis, name in Combination.of().items() if axis not in free)
+    whole, judge = Counting(), Counting()
+    all_pairs(whole, fixed)
+    for part in (1, 2, 3):
+        one_part(judge, fixed, part, 3)
+    assert len(judge.asked) == len(set(judge.asked)) and set(judge.asked) == set(whole.asked)
+
+
 def test_a_covering_array_covers_and_is_the_same_every_time() -> None:
     fixed = frozenset([("optimizer", "adamw"), ("precision", "fp64"), ("packing", "concat"), ("clip", "off")])
-    array = Array(fixed)
+    array = Array(fixed, triples=True)
     rows = list(array.rows())
-    covered = set().union(*(pairs_of(row) for row in rows))
-    assert covered >= set(meaningful_pairs(fixed)) - set(array.impossible)
+    covered = set().union(*(held_by(row) for row in rows))
+    assert covered >= {*meaningful_pairs(fixed), *meaningful_triples(fixed)} - set(array.impossible)
     assert len(rows) < 0.2 * len(meaningful_pairs(fixed))
-    assert rows == list(Array(fixed).rows())
+    assert rows == list(Array(fixed, triples=True).rows())
 
 
 def test_what_is_refused_is_reduced_to_the_values_it_takes() -> None:

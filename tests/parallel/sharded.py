@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.launch import World, connected
@@ -15,6 +15,7 @@ from trainer.build import Trainable, make_trainable
 from trainer.cli.compose import load
 from trainer.data import IGNORE
 from trainer.data.batch import Batch, StepBatch
+from trainer.memory.count import StorageCounter
 from trainer.model import build_model
 from trainer.plan import planned_config
 from trainer.state import seed_all
@@ -48,6 +49,25 @@ class Outcome:
 def whole(tensor: Tensor) -> Tensor:
     """The global tensor, on every rank."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def most_held(work: Callable[[], Any]) -> int:
+    """The most bytes alive at once that `work` made."""
+    counter = StorageCounter(nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), torch.device("cpu"))
+    with counter.counting():
+        kept = work()
+    del kept
+    changes: dict[int, int] = {}
+    for record in counter.records:
+        if record.born > 0:
+            changes[record.born] = changes.get(record.born, 0) + record.size
+            if record.died is not None:
+                changes[record.died] = changes.get(record.died, 0) - record.size
+    held = most = 0
+    for at in sorted(changes):
+        held += changes[at]
+        most = max(most, held)
+    return most
 
 
 def step_batch(cfg: Any, world: World, step: int) -> StepBatch:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from optim.projection import side_of
+from parallel.config import Matrices
 from parallel.launch import connected
+from parallel.mesh import shard_rows
 from parallel.traffic import Traffic
 from tests.parallel.sharded import BASE, make, on_each_rank, step_batch
 from trainer.adapt import blocks
@@ -21,7 +23,10 @@ OPTIMIZERS = {
     "adamw_8bit": ["optim=adamw_8bit"],
     "galore": ["optim=galore", f"optim.rank={RANK}"],
     "apollo": ["optim=apollo", f"optim.rank={RANK}"],
+    "cosmos": ["optim=cosmos", f"optim.rank={RANK}"],
 }
+MATRICES = ("rows", "owners")
+"""With zero=1."""
 STAGES = range(4)
 FP32 = 4
 
@@ -76,10 +81,31 @@ def by_formula(built: Trainable, count: int) -> dict[str, int]:
         values.update(reduce_scatter=micros * model, all_gather=model)
     if zero == 3:
         values.update(reduce_scatter=micros * model, all_gather=micros * (model + in_blocks))
+    if built.cfg.parallel.matrices is Matrices.owners:  # which send nothing for the method
+        owned = sum(padded(shape) for shape in shapes if len(shape) == 2)
+        exact = sum(shape.numel() for shape in shapes if len(shape) == 2)
+        values.update(reduce_scatter=-owned, all_gather=-owned, reduce=exact, broadcast=exact)
+        return counted(values, part)
     for group in built.optimizer.param_groups:
         for p in group["params"] if group.get("rank") is not None else ():
-            values.update(method(built.cfg.optim.name, p.shape, padded))
+            if built.cfg.optim.name == "cosmos":
+                values.update(cosmos(p.shape, padded, shard_rows(p.shape[0], count, built.world.process_rank), count))
+            else:
+                values.update(method(built.cfg.optim.name, p.shape, padded))
     return counted(values, part)
+
+
+def cosmos(shape: Any, padded: Any, mine: slice, count: int) -> Counter[str]:
+    """Values of a matrix: U gathered; G^T G U, S, five Gram matrices and three norms summed; where shards cut the
+    smaller side, parts of it exchanged for parts of the longer one, there and back."""
+    (m, n), k, r = shape, min(shape), min(RANK, *shape)
+    found = Counter(all_gather=padded((r, k)), all_reduce=2 * (r * k + r * r + 5 * k * k + 3))
+    if m < n:
+        rows = mine.stop - mine.start
+        columns = len(range(n)[-(-n // count) * (mine.start // -(-m // count)) :][: -(-n // count)])
+        to_others = rows * (n - columns) + (m - rows) * columns
+        found["all_to_all"] = to_others * count / (count - 1)  # of which `counted` takes the part that is sent
+    return found
 
 
 def method(name: str, shape: Any, padded: Any) -> dict[str, int]:
@@ -99,13 +125,17 @@ def counted(values: Counter[str], part: float) -> dict[str, int]:
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_rank_sends_what_the_formulas_say_and_never_a_gradient_for_a_basis(count: int) -> None:
-    """ZeRO-1 sends what DDP does; ZeRO-2 and 3 reduce every micro-step, 3 gathers blocks twice."""
+    """ZeRO-1 sends what DDP does, and nothing beside it where matrices have owners; ZeRO-2 and 3 reduce every
+    micro-step, 3 gathers blocks twice."""
     cases = {
-        f"{name}, zero={zero}, {micro} rows": [*options, f"parallel.zero={zero}", f"train.micro_batch={micro}"]
+        f"{name}, zero={zero}, {micro} rows, {matrices}": [
+            *options, f"parallel.zero={zero}", f"train.micro_batch={micro}", f"parallel.matrices={matrices}",
+        ]
         for name, options in OPTIMIZERS.items()
         for zero in STAGES
         for micro in ((2,) if name != "adamw" else (2, 12 // count))
-    }
+        for matrices in (MATRICES if zero == 1 else ("auto",))
+    }  # fmt: skip
     for rank in on_each_rank(count, measured, count, list(cases.values())):
         for what, (sent, wanted, refresh, matrix) in zip(cases, rank, strict=True):
             assert sent == pytest.approx(wanted, abs=8), what

@@ -113,6 +113,25 @@ def test_shards_step_in_backward_as_one_process_does_at_once(
 
 
 @pytest.mark.slow
+def test_replicas_of_shards_step_in_backward_as_one_process_does_at_once(alone: dict[str, Outcome]) -> None:
+    """Two lines of two shards; what the optimizer sums in a hook, it sums within its own line."""
+    cases, names = [], []
+    for name, own in AT_ONCE.items():
+        micro_steps = "train.micro_batch=6" not in own
+        for layout in LAYOUTS:
+            for accumulate in ("auto", "local") if micro_steps else ("auto",):
+                names.append(name)
+                cases.append([
+                    *own, layout, "parallel.replicas=2", f"parallel.accumulate={accumulate}", "optim.in_backward=true",
+                    *IN_BACKWARD.get(name, []), f"train.micro_batch={1 if micro_steps else 3}",
+                ])  # fmt: skip
+    for rank in on_each_rank(4, train_each, cases):
+        for name, case, found in zip(names, cases, rank, strict=True):
+            assert largest(found.weights, alone[name].weights) < 1e-9, case
+            assert found.norms == pytest.approx(alone[name].norms, rel=1e-9), case
+
+
+@pytest.mark.slow
 def test_nan_in_one_shard_leaves_the_parameter_out_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
     for left_out, applied, same in (rank["nan"] for rank in ranks):
         assert left_out == ("model.layers.1.mlp.up_proj.weight",) == tuple(same) and not applied

@@ -1,6 +1,5 @@
 """Sharded weights are those of an unsharded model, and no rank ever holds them all: drawn, read, loaded, exported."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,17 @@ from torch import Tensor, nn
 
 from parallel.launch import World, connected
 from parallel.mesh import Share, share_of
-from tests.parallel.sharded import BASE, on_each_rank, whole
-from trainer.build import make_trainable
+from tests.parallel.sharded import BASE, most_held, on_each_rank, whole
+from trainer.build import place
 from trainer.cli.compose import load
-from trainer.memory.count import StorageCounter
+from trainer.engines.deepspeed_config import generated
+from trainer.engines.deepspeed_engine import give_parts, quiet_deepspeed
+from trainer.engines.partition import flat_share
 from trainer.model import build_model
 from trainer.plan import planned_config
+from trainer.precision import int8_matrices
 from trainer.rows import draw_rows
+from trainer.schema import Dtype
 
 SMALL = {"vocab_size": 63, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 HEADS = {"num_key_value_heads": 1, "head_dim": 8}
@@ -30,25 +33,6 @@ FAMILIES = {
     "qwen3": transformers.Qwen3Config(**SMALL, **HEADS),
     "gemma2": transformers.Gemma2Config(**SMALL, **HEADS),
 }
-
-
-def most_held(work: Callable[[], Any]) -> int:
-    """The most bytes alive at once that `work` made."""
-    counter = StorageCounter(nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), torch.device("cpu"))
-    with counter.counting():
-        kept = work()
-    del kept
-    changes: dict[int, int] = {}
-    for record in counter.records:
-        if record.born > 0:
-            changes[record.born] = changes.get(record.born, 0) + record.size
-            if record.died is not None:
-                changes[record.died] = changes.get(record.died, 0) - record.size
-    held = most = 0
-    for at in sorted(changes):
-        held += changes[at]
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -91,44 +75,103 @@ def test_a_model_that_comes_back_to_a_weight_is_refused() -> None:
 SIZES = ["model.hidden_size=32", "model.intermediate_size=64", "model.layers=8", "model.vocab_size=264"]
 
 
-def built_weights(overrides: list[str]) -> tuple[dict[str, Tensor], int, int]:
-    """Weights made as a run makes them, whole; the most bytes held meanwhile; the bytes of the whole model."""
+def deepspeeds_parts(cases: list[list[str]]) -> list[tuple[dict[str, tuple[int, Tensor]], dict[str, Tensor], int]]:
+    """Of each case: exact parts of the weights and where they begin; what DeepSpeed keeps of them; most bytes held."""
     torch.set_num_threads(1)
+    found = []
+    with connected(load(cases[0]).parallel, "cpu", 1) as world:
+        quiet_deepspeed(world)
+        for overrides in cases:
+            cfg = load(overrides)
+            config = planned_config(cfg)
+            made: list[Any] = []
+
+            def work(cfg: Any = cfg, config: Any = config, made: list[Any] = made) -> None:
+                model = build_model(
+                    cfg.model, config, weights=cfg.precision.weights, device=world.device, seed=0,
+                    share=flat_share(world, cfg.parallel),
+                )  # fmt: skip
+                half = cfg.precision.compute is Dtype.bf16
+                made.extend([give_parts(model, generated(cfg, world.process_count), half), model])
+
+            most = most_held(work)
+            parts, model = made
+            kept = {name: p.ds_tensor[: parts[name][1].numel()].clone() for name, p in model.named_parameters()}
+            found.append((parts, kept, most))
+    return found
+
+
+def built_weights(cases: list[list[str]]) -> list[tuple[dict[str, Tensor], int]]:
+    """Of each case: weights made as a run makes them, whole; the most bytes held meanwhile."""
+    torch.set_num_threads(1)
+    found = []
     with connected(load(BASE).parallel, "cpu", 1) as world:
-        cfg = load(overrides)
-        config = planned_config(cfg)
-        made: list[nn.Module] = []
-
-        def work() -> None:
-            made.append(build(cfg, config, world))
-
-        most = most_held(work)
-        weights = {name: whole(p) for name, p in made[0].named_parameters()}
-        return weights, most, sum(weight.nbytes for weight in weights.values())
+        for overrides in cases:
+            cfg = load(overrides)
+            config = planned_config(cfg)
+            made: list[nn.Module] = []
+            most = most_held(lambda cfg=cfg, config=config, made=made: made.append(build(cfg, config, world)))
+            found.append(({name: whole(p) for name, p in made[0].named_parameters()}, most))
+    return found
 
 
 def build(cfg: Any, config: Any, world: World) -> nn.Module:
-    share = share_of(world, cfg.parallel)
-    model = build_model(cfg.model, config, weights=cfg.precision.weights, device=world.device, seed=0, share=share)
-    return make_trainable(cfg, world, model).model
+    model = build_model(
+        cfg.model, config,
+        weights=cfg.precision.weights, int8=int8_matrices(cfg), device=world.device, seed=0,
+        share=share_of(world, cfg.parallel),
+    )  # fmt: skip
+    place(cfg, world, model)
+    return model
 
 
 def test_no_rank_holds_the_model_while_its_weights_are_made_or_read(tmp_path: Path) -> None:
     """Drawn from a seed and read from safetensors: equal to the unsharded weights, bit for bit. Of 8 blocks over 2
-    ranks, a rank holds its half, states of twice that (SGD's: as much) and one matrix, and never another half."""
-    options = [*BASE, *SIZES, "precision=fp32", "optim=sgd", "optim.lr=0.1"]
+    ranks, a rank holds its half and one or two matrices."""
+    options = [*BASE, *SIZES, "optim=sgd", "optim.lr=0.1"]
     cfg = load(options)
     torch.manual_seed(1)
-    other = build_model(cfg.model, planned_config(cfg), weights=cfg.precision.weights, device=World().device, seed=1)
+    other = build_model(cfg.model, planned_config(cfg), weights=Dtype.fp32, device=World().device, seed=1)
     other.save_pretrained(tmp_path, max_shard_size="100KB")  # type: ignore[operator]
-    plain = build_model(cfg.model, planned_config(cfg), weights=cfg.precision.weights, device=World().device, seed=0)
     read = [
         *(option for option in options if not option.startswith("model.")),
-        "model=hf", f"model.path={tmp_path}", "model.weights=pretrained", "parallel.zero=3", "data.tokenizer=byte",
+        "model=hf", f"model.path={tmp_path}", "model.weights=pretrained", "data.tokenizer=byte",
     ]  # fmt: skip
-    for overrides, wanted in (([*options, "parallel.zero=3"], plain), (read, other)):
-        for weights, most, size in on_each_rank(2, built_weights, overrides):
-            for name, parameter in wanted.named_parameters():
-                assert torch.equal(weights[name], parameter), name
-            shard, matrix = size // 2, max(weight.nbytes for weight in weights.values())
-            assert most < 1.02 * 2 * shard + 2 * matrix, f"{most} bytes at once, of {size}; a shard is {shard}"
+    cases = {
+        f"{kind}, {precision}": [*source, f"precision={precision}"]
+        for kind, source in (("drawn", options), ("read", read))
+        for precision in ("fp32", "fp64", "int8_sr")
+    }
+    (alone,) = on_each_rank(1, built_weights, list(cases.values()))
+    for rank in on_each_rank(2, built_weights, [[*case, "parallel.zero=3"] for case in cases.values()]):
+        for what, (plain, _), (weights, most) in zip(cases, alone, rank, strict=True):
+            assert plain.keys() == weights.keys()
+            for name, parameter in plain.items():
+                assert torch.equal(weights[name], parameter), f"{what}: {name}"
+            sizes = [weight.nbytes for weight in plain.values()]  # of an int8 one, as it is drawn
+            assert most < 1.02 * sum(sizes) / 2 + 2 * max(sizes), f"{what}: {most} bytes at once, of {sum(sizes)}"
+
+
+@pytest.mark.slow
+def test_no_rank_of_deepspeeds_zero_3_holds_the_model_while_its_weights_are_made_or_read(tmp_path: Path) -> None:
+    """Each keeps a quarter, twice (exact, and as DeepSpeed wants it), and one or two matrices."""
+    options = [*BASE, *SIZES, "optim=sgd", "parallel.engine=deepspeed", "parallel.zero=3"]
+    cfg = load([*options, "precision=fp32"])
+    torch.manual_seed(1)
+    other = build_model(cfg.model, planned_config(cfg), weights=Dtype.fp32, device=World().device, seed=1)
+    other.save_pretrained(tmp_path, max_shard_size="100KB")  # type: ignore[operator]
+    plain = build_model(cfg.model, planned_config(cfg), weights=Dtype.fp32, device=World().device, seed=0)
+    read = [
+        *(option for option in options if not option.startswith("model.")),
+        "model=hf", f"model.path={tmp_path}", "model.weights=pretrained", "data.tokenizer=byte",
+    ]  # fmt: skip
+    cases = [[*source, f"precision={precision}"] for source in (options, read) for precision in ("fp32", "bf16")]
+    for rank in on_each_rank(4, deepspeeds_parts, cases):
+        for case, (parts, kept, most) in zip(cases, rank, strict=True):
+            model = other if "model=hf" in case else plain
+            for name, parameter in model.named_parameters():
+                start, part = parts[name]
+                assert torch.equal(part, parameter.reshape(-1)[start : start + part.numel()]), (case, name)
+                assert torch.equal(kept[name], part.to(kept[name].dtype)), (case, name)
+            sizes = [parameter.nbytes for parameter in model.parameters()]
+            assert most < 1.02 * sum(sizes) / 2 + 2 * max(sizes), f"{case}: {most} bytes at once, of {sum(sizes)}"

@@ -99,5 +99,7 @@ def test_what_is_planned_for_a_rank_is_its_share() -> None:
     held = sum(tensor.nbytes for tensor in replicas(0).values())
     assert staging_bytes(tensors, 1) == held + 16
     assert staging_bytes(tensors, 2) == held // 2 + 16
+    owned = {"optim/mlp.a/exp_avg": torch.zeros(8), "optim/mlp.b/exp_avg": torch.zeros(8)}
+    assert staging_bytes(owned, 4, holders={"mlp.a": 1}) == 32 + 8, "nobody shares what one rank alone has"
     assert staging_bytes(tensors, 1, budget=1500) == 1500
     assert staging_bytes(tensors, 1, budget=100) == 40 * 8 * 4, "a tensor is copied whole"

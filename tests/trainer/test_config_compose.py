@@ -17,6 +17,7 @@ from trainer.cli.compose import compose, load, load_saved, to_yaml
 from trainer.cli.docs import choice_docs, option_docs
 from trainer.cli.overrides import Findings
 from trainer.errors import UserError
+from trainer.folder import plain
 from trainer.recipes import ROOT
 from trainer.schema import Config, Dtype
 
@@ -46,6 +47,13 @@ def test_every_choice_composes_alone_and_with_every_recipe(group: str, choice: s
 def test_every_arm_of_every_recipe_composes(recipe: str) -> None:
     for arm, overrides in recipes.read(recipe).claim.arms.items():
         assert composed(f"recipe={recipe}", *overrides).recipe == recipe, arm
+
+
+@pytest.mark.parametrize("recipe", [None, *recipes.names()])
+def test_a_configuration_in_plain_words_is_what_omegaconf_makes_of_it(recipe: str | None) -> None:
+    more = ["parallel.engine=deepspeed", "deepspeed.zero_optimization.reduce_bucket_size=900"]
+    cfg = composed(*([f"recipe={recipe}"] if recipe else more))
+    assert plain(cfg) == OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=str)

@@ -114,7 +114,7 @@ def test_a_family_trains_from_its_folder_and_its_export_has_the_same_logits(
         load(overrides(text, tmp_path / "run", "model=hf", f"model.path={source}", f"data.tokenizer={source}")),
         folder,
         checkpoint,
-        torch.device("cpu"),
+        World(),
     )
     untrained = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     ids = torch.randint(3, 259, (2, 20), generator=torch.Generator().manual_seed(0))

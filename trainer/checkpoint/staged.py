@@ -54,16 +54,28 @@ class StagedPlanner(DefaultSavePlanner):
         return self._snapshot.take()
 
 
-def staging_bytes(tensors: Mapping[str, Tensor], ranks: int, budget: int | None = None) -> int:
+def staging_bytes(
+    tensors: Mapping[str, Tensor], ranks: int, budget: int | None = None, *, holders: Mapping[str, int] | None = None
+) -> int:
     """Host bytes that the copies of one of `ranks` ranks take: of what several ranks hold, each copies a share.
 
     Exact for one rank; of several, torch shares out whole tensors as evenly as it can.
 
     Args:
+        holders: of the states of parameters that fewer than all ranks have whole: how many do, by name.
         budget: bytes at most, or those of the largest tensor where that is more; None for no limit.
     """
-    parts = [part_bytes(tensor, 1 if fnmatchcase(name, PER_RANK) else ranks) for name, tensor in tensors.items()]
+    known = holders or {}
+    parts = [
+        part_bytes(tensor, 1 if fnmatchcase(name, PER_RANK) else known.get(parameter_of(name), ranks))
+        for name, tensor in tensors.items()
+    ]
     return sum(parts) if budget is None else min(sum(parts), max(budget, *parts, 0))
+
+
+def parameter_of(name: str) -> str:
+    """The parameter whose state a tensor called `optim/<parameter>/<key>` is; else nothing."""
+    return name.removeprefix("optim/").rpartition("/")[0] if name.startswith("optim/") else ""
 
 
 def part_bytes(tensor: Tensor, holders: int) -> int:

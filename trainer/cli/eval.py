@@ -1,18 +1,23 @@
 """`stowage eval`: held-out loss and perplexity of a checkpoint, on the run's own held-out text or on other text."""
 
+import os
+
 from trainer.cli.compose import load_saved
 from trainer.cli.main import leads
 from trainer.cli.runs import Arguments, add_run, check_step, find_run
 from trainer.errors import UserError
 
-ALLOWED = ("data", "precision", "run.device", "run.threads", "train.micro_batch", "model.attention")
+ALLOWED = ("data", "precision", "run.device", "run.threads", "train.micro_batch", "model.attention", "parallel.zero")
 """Options that can differ between training and evaluation; any other would be ignored, so it is refused."""
 
 DESCRIPTION = """Held-out perplexity of a run's checkpoint, token-weighted and exact.
 
 Overrides choose other text or another way of computing:
   stowage eval runs/train data.eval_rows=0
-  stowage eval runs/train/2026-01-01_12-00-00 --step 200 data=text data.path=book.txt run.device=cpu"""
+  stowage eval runs/train/2026-01-01_12-00-00 --step 200 data=text data.path=book.txt run.device=cpu
+
+Several ranks share the text; with parallel.zero=2 or 3, of the run or given here, the weights too:
+  torchrun --nproc-per-node 4 -m trainer eval runs/train parallel.zero=3"""
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +31,11 @@ def main(arguments: list[str]) -> int:
     check_step(run, asked.step)
     check_overrides(asked.overrides)
     load_saved(run / "config.yaml", asked.overrides)  # mistakes come before torch is imported
+    if os.environ.get("WORLD_SIZE", "1") == "1" and any(each.startswith("parallel.zero=") for each in asked.overrides):
+        raise UserError(
+            "parallel.zero: one process has nobody to share weights with; start several (torchrun --nproc-per-node N "
+            "-m trainer eval RUN ...), or leave it out"
+        )
     if run != asked.run and leads():
         print(f"evaluating {run}")
     from trainer.evaluate import evaluate_run

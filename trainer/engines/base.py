@@ -60,6 +60,10 @@ class Engine(Protocol):
         """Take over what a checkpoint has just put into `tensors()`, and the numbers that were saved with it."""
         ...
 
+    def remarks(self) -> list[str]:
+        """Return what the user should know of how it lies over the ranks."""
+        ...
+
     def close(self) -> None:
         """End the run: what the library changed of torch itself is undone, for whatever this process runs next."""
         ...

@@ -183,6 +183,11 @@ def run_problems(cfg: "Config") -> list[str]:
             "a block, which a recomputation of some of them alone cannot repeat; use activations=recompute, or "
             "parallel.engine=torch"
         )
+    if cfg.parallel.matrices.value != "auto":
+        found.append(
+            f"parallel.matrices={cfg.parallel.matrices.value}: {engine} cuts its flat partitions anywhere, and gives "
+            "each matrix that is stepped whole an owner; leave it out"
+        )
     if cfg.parallel.accumulate.value != "auto":
         found.append(
             f"parallel.accumulate={cfg.parallel.accumulate.value}: {engine} adds up as its stage does; leave it out"
@@ -193,11 +198,6 @@ def run_problems(cfg: "Config") -> list[str]:
         found.append(
             f"train.clip_by={cfg.train.clip_by.value}: {engine} clips by the norm of all gradients; use "
             "train.clip_by=global, or parallel.engine=torch"
-        )
-    if (compute, cfg.parallel.zero) == ("bf16", 1):
-        found.append(
-            "precision.compute=bf16 with parallel.zero=1: DeepSpeed has an optimizer of its own for it that this "
-            "engine does not drive; use parallel.zero=2, which holds less, or parallel.engine=torch"
         )
     return found
 
@@ -223,12 +223,13 @@ def key_problem(key: str, value: Any, own: Mapping[str, Any]) -> str | None:
 
 
 def offload_problems(cfg: "Config") -> list[str]:
-    """Optimizer and parameters may lie on the host. What DeepSpeed swaps to disk are whole flat partitions, in which
-    neither our optimizers nor our checkpoints can look at single parameters."""
+    """Optimizer and parameters may lie on the host. What DeepSpeed swaps to disk are whole flat partitions with Adam's
+    two moments of the same length beside them, which no other optimizer has, and in which neither ours nor our
+    checkpoints can look at single parameters."""
     places = {key: value for key, value in leaves(cfg.deepspeed) if key.endswith(".device")}
     return [
         f"deepspeed.{key}={value}: must be cpu or none"
-        + ("; the disk is not available here" if value == "nvme" else "")
+        + ("; for states on a disk use parallel.engine=torch offload.states=disk" if value == "nvme" else "")
         for key, value in places.items()
         if value not in ("cpu", "none")
     ]

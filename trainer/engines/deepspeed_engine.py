@@ -25,7 +25,15 @@ from optim.schedule import scale_rates
 from parallel.launch import World
 from trainer.engines import deepspeed_config
 from trainer.engines.base import Numbers
-from trainer.engines.partition import FlatPart, flat_partitions, held_of, segments
+from trainer.engines.partition import (
+    FlatPart,
+    flat_partitions,
+    held_of,
+    is_bf16,
+    own_parts,
+    segments,
+    write_masters,
+)
 from trainer.engines.partitioned import PartitionedOptimizer
 from trainer.errors import UserError, first_line
 from trainer.precision import settled
@@ -43,26 +51,34 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, world: World, cfg: Config) -> None:
         self._owner, self._world, self._stage = model, world, cfg.parallel.zero
         self._linear = nn.functional.linear  # which stage 3 replaces, for good
-        self._names = parameter_names(model)
-        self.optimizer = PartitionedOptimizer(
-            settled(cfg, world.device),
-            list(model.named_parameters()),
-            world,
-            elementwise=deepspeed_config.elementwise(cfg),
-            on_host=deepspeed_config.offloaded_to(cfg) is not None,
-        )
+        config = deepspeed_config.generated(cfg, world.process_count)
+        half = bool(config["bf16"]["enabled"])
         try:
             deepspeed = quiet_deepspeed(world)
+            masters = give_parts(model, config, half) if next(model.parameters()).is_meta else None
+            if masters is None and half:
+                trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
+                masters = own_parts(trained, world, self._stage)
+            self._names = parameter_names(model)
+            self.optimizer = PartitionedOptimizer(
+                settled(cfg, world.device),
+                list(model.named_parameters()),
+                world,
+                elementwise=deepspeed_config.elementwise(cfg),
+                on_host=deepspeed_config.offloaded_to(cfg) is not None,
+            )
             self.model, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=deepspeed_config.generated(cfg, world.process_count),
+                config=config,
                 dist_init_required=False,
             )
             self._zero: Any = self.model.optimizer
-            self.optimizer.bind(
-                flat_partitions(self._zero, self._stage), segments(self._zero, self._stage, self._names)
-            )
+            flats, held = flat_partitions(self._zero), segments(self._zero, self._stage, self._names)
+            if masters is not None and half:
+                write_masters(flats, held, masters)
+            del masters
+            self.optimizer.bind(flats, held)
         except (ValueError, RuntimeError, AssertionError) as error:
             self.close()
             if isinstance(error, UserError):
@@ -84,13 +100,14 @@ class DeepSpeedEngine:
 
     def gradient_norm(self) -> Tensor:
         """Global 2-norm of all gradients; infinite where any rank's are not finite."""
-        from deepspeed.runtime.utils import combine_grad_norm_groups
+        from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 
-        norm = (
-            combine_grad_norm_groups(self._zero._get_norm_groups())
-            if self._stage == 3
-            else self._zero.scaled_global_norm()
-        )
+        if self._stage == 3:
+            norm = combine_grad_norm_groups(self._zero._get_norm_groups())
+        elif is_bf16(self._zero):
+            norm = get_global_norm_of_tensors(self._zero.get_grads_for_norm()[0])
+        else:
+            norm = self._zero.scaled_global_norm()
         return torch.as_tensor(norm)
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
@@ -114,6 +131,8 @@ class DeepSpeedEngine:
             zero._overflow_clean_up(1.0)
             return
         zero.zero_grad()
+        if is_bf16(zero):
+            return
         zero._release_preflattened_grad_buffers()
         if zero.cpu_offload:
             zero.reset_cpu_buffers()
@@ -147,10 +166,39 @@ class DeepSpeedEngine:
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self._zero.checkpoint_event_epilogue()
 
+    def remarks(self) -> list[str]:
+        """Nothing that a configuration does not say."""
+        return []
+
     def close(self) -> None:
         """Put torch's own `linear` back. DeepSpeed's saves other tensors, so that what a later run in this process
         keeps in 8 bits would be others too."""
         nn.functional.linear = self._linear
+
+
+def give_parts(model: nn.Module, config: dict[str, Any], half: bool) -> dict[str, tuple[int, Tensor]]:
+    """Make a ZeRO-3 parameter of each of no storage, of the part that it carries as attribute `rows`; return these
+    parts, exact, by name. What DeepSpeed's `zero.Init` does, but of weights that nobody had to hold whole."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_init_required=False)  # or it would take itself to be alone
+    dtype = torch.bfloat16 if half else torch.float32
+    init: Any = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
+    parts: dict[str, tuple[int, Tensor]] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters()):
+        rows: Tensor = parameter.rows  # type: ignore[attr-defined]
+        hollow = torch.empty((), dtype=dtype, device=rows.device).expand(parameter.shape)  # of one value's memory
+        new: Any = nn.Parameter(hollow, parameter.requires_grad)
+        init._convert_to_deepspeed_param(new)
+        new.partition()
+        start, length = held_of(new)
+        new.ds_tensor[:length].copy_(rows)
+        parts[name], made[parameter] = (start, rows), new
+    for module in model.modules():
+        for key, own in list(module.named_parameters(recurse=False)):
+            module._parameters[key] = made[own]
+    return parts
 
 
 def quiet_deepspeed(world: World) -> Any:
@@ -158,7 +206,9 @@ def quiet_deepspeed(world: World) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # which it insists on, even of a single process
     import deepspeed
+    import deepspeed.runtime.bf16_optimizer as stage_1_of_bf16
 
+    stage_1_of_bf16.see_memory_usage = lambda *_, **__: None  # prints at every start, whoever asks it not to
     # Of inference; it would be compiled at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     forget_ended_groups()

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from parallel.config import ParallelConfig
+from parallel.launch import World
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a rectangular part of a tensor."""
 
@@ -35,16 +38,75 @@ class Segment:
     length: int
 
 
-def flat_partitions(zero: Any, stage: int) -> list[Tensor]:
-    """This rank's fp32 partitions, which DeepSpeed steps and copies to the weights."""
-    return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+@dataclass(frozen=True)
+class FlatShare:
+    """What ZeRO-3 will keep of every parameter on this rank: equal parts of it flattened, the last ones less."""
+
+    count: int
+    index: int
+
+    def span(self, size: int) -> slice:
+        """Of a flattened parameter of `size` values."""
+        each = -(-size // self.count)
+        return slice(min(each * self.index, size), min(each * (self.index + 1), size))
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """A copy of the part of a whole tensor, flat."""
+        return tensor.reshape(-1)[self.span(tensor.numel())].clone()
+
+    def read(self, stored: Any, shape: Sequence[int]) -> Tensor:
+        """The part of a tensor of `shape` in a file, flat: whole rows are read, and the ends cut off."""
+        span, inner = self.span(prod(shape)), prod(shape[1:])
+        first = span.start // inner
+        rows: Tensor = stored[first : -(-span.stop // inner)]
+        return rows.reshape(-1)[span.start - first * inner : span.stop - first * inner].clone()
+
+
+def flat_share(world: World, cfg: ParallelConfig) -> FlatShare | None:
+    """What this rank keeps of the weights; None where that is all of them."""
+    return FlatShare(world.process_count, world.process_rank) if cfg.zero == 3 and world.process_count > 1 else None
+
+
+def own_parts(named: Sequence[tuple[str, Tensor]], world: World, stage: int) -> dict[str, tuple[int, Tensor]]:
+    """Copies of what this rank will hold of whole trainable parameters, flat, and where each begins: of each an equal
+    part at stage 3; before that an equal part of them all in a row, filled up so that shares are of an even size."""
+    if stage == 3:
+        share = FlatShare(world.process_count, world.process_rank)
+        return {name: (share.span(p.numel()).start, share.cut(p)) for name, p in named}
+    each = -(-sum(p.numel() for _, p in named) // (2 * world.process_count)) * 2
+    begin, end, at, found = each * world.process_rank, each * (world.process_rank + 1), 0, {}
+    for name, p in named:
+        start, stop = min(max(begin - at, 0), p.numel()), min(max(end - at, 0), p.numel())
+        found[name] = (start, p.reshape(-1)[start:stop].clone())
+        at += p.numel()
+    return found
+
+
+def write_masters(flats: Sequence[Tensor], held: Sequence[Segment], parts: dict[str, tuple[int, Tensor]]) -> None:
+    """Put exact values in the place of those that DeepSpeed has made from rounded weights.
+
+    Args:
+        parts: of each parameter, as `own_parts` gives them.
+    """
+    for segment in held:
+        start, part = parts[segment.name]
+        first = segment.start - start
+        assert first >= 0 and first + segment.length <= part.numel() or not segment.length, "DeepSpeed cuts otherwise"
+        part_of(flats, segment).copy_(part[first : first + segment.length])
+
+
+def flat_partitions(zero: Any) -> list[Tensor]:
+    """This rank's fp32 partitions, which DeepSpeed steps and copies to the weights: as stage 3, stages 1 and 2, and
+    stage 1 of bf16 call them."""
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return list(next(getattr(zero, name) for name in names if hasattr(zero, name)))
 
 
 def segments(zero: Any, stage: int, names: dict[Tensor, str]) -> list[Segment]:
     """Every trainable parameter's part on this rank, in an order that is the same on all ranks."""
     found = []
     if stage < 3:
-        for flat, group in enumerate(zero.bit16_groups):
+        for flat, group in enumerate(zero.bf16_groups if is_bf16(zero) else zero.bit16_groups):
             for p in group:
                 place, shape = p._hp_mapping, tuple(p.shape)
                 if place is None:
@@ -60,6 +122,11 @@ def segments(zero: Any, stage: int, names: dict[Tensor, str]) -> list[Segment]:
             found.append(Segment(names[p], p, tuple(p.ds_shape), flat, offset, start, length))
             offset += p.partition_numel()  # padding of the last ranks included
     return found
+
+
+def is_bf16(zero: Any) -> bool:
+    """Whether it is the optimizer that DeepSpeed has for bf16 at stage 1, with whole gradients in fp32."""
+    return hasattr(zero, "fp32_groups_flat_partition")
 
 
 def held_of(p: Any) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from parallel.launch import World
 from parallel.owners import balanced, to_owners
 from trainer.engines.base import Numbers
 from trainer.engines.partition import FlatPart, Segment, part_of
+from trainer.model import global_shape
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class PartitionedOptimizer(Optimizer):
         self._cfg, self._world, self._elementwise, self._on_host = cfg, world, elementwise, on_host
         # Groups are a matter of names and global shapes, which DeepSpeed is about to take away.
         self._named = [
-            (name, torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)) for name, p in named
+            (name, nn.Parameter(torch.empty(global_shape(p), dtype=p.dtype, device="meta"), p.requires_grad))
+            for name, p in named
         ]
         self._flats: list[Tensor] = []
         self._segments: list[Segment] = []

@@ -88,11 +88,15 @@ class TorchEngine:
 
     def numbers(self) -> Numbers:
         """State numbers of all parameters."""
-        return optimizer_numbers(self.optimizer, self._names())
+        return self.spread.of_all(optimizer_numbers(self.optimizer, self._names()))
 
     def loaded(self, numbers: Numbers) -> None:
         """Put saved state numbers into the optimizer; tensors were read in place."""
         set_numbers(self.optimizer, self._names(), numbers)
+
+    def remarks(self) -> list[str]:
+        """Return what the user should know of how it lies over the ranks."""
+        return self.spread.remarks()
 
     def close(self) -> None:
         """Nothing: torch is as it was."""
