@@ -139,12 +139,14 @@ def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConf
     forwards = 2 if cfg.activations.fate in (Fate.recompute, Fate.selective) else 1
     micro_steps = train.global_batch // world.data_count // micro
     step = (forwards * cost.forward + cost.backward) * layers * micro_steps
-    how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(cfg.parallel.sequence, "")
+    kind = cfg.parallel.sequence
+    how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(kind, "")
+    fewer = " (less where rows are packed)" if kind is SequenceKind.lightseq else ""
     held = sum(map(len, cut.of_rank(length, strategy.index)))
     sent = f"{format_bytes(cost.forward)} forward and {format_bytes(cost.backward)} backward"
     kept = f"{format_bytes(cost.kept)} for backward (whole rows: {format_bytes(shape.whole_kept)})"
     return (
-        f"parallel.sequence={cfg.parallel.sequence.value}: {cut.degree} ranks share each row{how}, {held:,} of "
-        f"{length:,} tokens here; a layer sends {sent} a micro-batch, {format_bytes(step)} a step in all; its "
+        f"parallel.sequence={kind.value}: {cut.degree} ranks share each row{how}, {held:,} of "
+        f"{length:,} tokens here; a layer sends {sent} a micro-batch, {format_bytes(step)} a step in all{fewer}; its "
         f"attention keeps {kept} and holds {format_bytes(cost.working)} more while it runs"
     )

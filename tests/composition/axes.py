@@ -167,6 +167,7 @@ AXES: tuple[Axis, ...] = (
         v("ring", "parallel.sequence=ring", degree=ALL),
         v("ring_pairs", "parallel.sequence=ring", "parallel.sequence_degree=2", degree=2),
         v("usp", "parallel.sequence=usp", degree=ALL),
+        v("lightseq", "parallel.sequence=lightseq", degree=ALL),
     )),
     Axis("engine", "library that runs the distributed step", False, (
         v("torch"), v("deepspeed", "parallel.engine=deepspeed"),

@@ -26,7 +26,7 @@ def kept(found: Plan) -> int:
     return max(timeline.at(i)["activations"] for i in range(len(timeline)))
 
 
-@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+@pytest.mark.parametrize("kind", ["ulysses", "ring", "lightseq"])
 def test_activations_of_a_rank_are_its_share(kind: str) -> None:
     """Whole rows keep a mask between documents besides, which split ones do without."""
     alone = kept(plan(1, "activations.lean=true"))

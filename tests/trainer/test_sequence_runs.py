@@ -26,7 +26,7 @@ HOST = "activations=host activations.min_bytes=256"
 QUICK = [
     (ADAMW, "parallel.sequence=ulysses parallel.zero=0 train.micro_batch=4"),
     (GALORE, f"parallel.sequence=ring parallel.zero=3 {HOST}"),
-    (ADAMW, "parallel.sequence=ring parallel.zero=0 activations=recompute"),
+    (ADAMW, "parallel.sequence=lightseq parallel.zero=0 activations=recompute"),
 ]
 """For two ranks."""
 FOUR = [
@@ -35,7 +35,11 @@ FOUR = [
     (ADAMW, f"parallel.sequence=ring parallel.sequence_degree=2 parallel.zero=3 {HOST}"),
     (ADAMW, "parallel.sequence=ring parallel.sequence_degree=2 parallel.zero=2 parallel.replicas=2"),
     (GALORE, "parallel.sequence=ulysses parallel.sequence_degree=2 parallel.zero=0"),
-    (GALORE, "parallel.sequence=ring parallel.zero=1"),
+    (GALORE, "parallel.sequence=ring parallel.zero=1 activations=recompute"),
+    (ADAMW, f"parallel.sequence=lightseq parallel.zero=0 {HOST}"),
+    (GALORE, "parallel.sequence=lightseq parallel.zero=3 activations=recompute"),
+    (ADAMW, "parallel.sequence=lightseq parallel.sequence_degree=2 parallel.zero=2"),
+    (GALORE, "parallel.sequence=lightseq optim.in_backward=true train.clip_by=parameter activations=selective"),
     (ADAMW, "parallel.sequence=ulysses parallel.zero=3"),
     (ADAMW, "parallel.sequence=ring optim.in_backward=true train.clip_by=parameter"),
     (GALORE, "parallel.sequence=ring optim.in_backward=true train.clip_by=parameter parallel.zero=3"),
