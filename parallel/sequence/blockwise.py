@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from parallel.sequence.cost import CostAcross
 from parallel.sequence.kernels import attend, attend_backward
 from parallel.sequence.layout import Tile
+from parallel.sequence.once import once
 
 
 class Method(NamedTuple):
@@ -34,11 +35,11 @@ class Method(NamedTuple):
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """Attention by a `Method`."""
+    """Attention by a `Method`, which is not asked again for what a first run has kept."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, method: Method, *rest: Any) -> Tensor:
-        out, lse = method.forward(q, k, v, *rest)
+        out, lse = once(lambda: method.forward(q, k, v, *rest))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.method, ctx.rest = method, rest
         return out

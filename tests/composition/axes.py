@@ -184,6 +184,7 @@ AXES: tuple[Axis, ...] = (
     Axis("activations", "what becomes of saved activations; what 8-bit codes lose, the reference loses too", False, (
         v("keep"),
         v("recompute", "activations.fate=recompute"),
+        v("recompute_but_attention", "activations.fate=recompute", "activations.attention=keep"),
         v("selective", "activations.fate=selective"),
         v("host", "activations.fate=host", SMALL),
         v("disk", "activations.fate=disk", SMALL),

@@ -35,6 +35,13 @@ def test_activations_of_a_rank_are_its_share(kind: str) -> None:
     assert abs(4 * four / (2 * two) - 1) < 0.1
 
 
+def test_what_attention_leaves_is_predicted_where_recomputed_blocks_hold_it() -> None:
+    """Of each block but the last, whose backward is when there is most: an output of 64 values and 8 sums a token."""
+    asked = "activations=recompute", "parallel.sequence=lightseq"
+    held, ran_again = kept(plan(4, *asked)), kept(plan(4, *asked, "activations.attention=recompute"))
+    assert held - ran_again == 3 * (64 + 8) * 4 * LENGTH // 4
+
+
 def test_a_step_is_predicted_with_what_is_sharded_and_recomputed() -> None:
     whole = plan(4, "activations=recompute", "parallel.zero=3", "train.global_batch=4").peak
     split = plan(4, "activations=recompute", "parallel.zero=3", "parallel.sequence=usp").peak
