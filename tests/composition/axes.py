@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from unittest import mock
 
 import yaml
@@ -339,8 +339,9 @@ def common_config() -> Config:
 
 def put(section: Any, name: str, text: str) -> None:
     """Set an option of a section to what `text` says: a number, a choice, or a word of YAML."""
-    held = getattr(section, name)
-    read: Any = type(held) if isinstance(held, Enum) else float if isinstance(held, float) else yaml.safe_load
+    hint = get_type_hints(type(section))[name]
+    choices = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Enum)]
+    read: Any = choices[0] if choices else float if hint is float else yaml.safe_load
     setattr(section, name, read(text))
 
 

@@ -9,7 +9,7 @@ from parallel.sequence.cost import ExactCost, Shape
 from parallel.sequence.kernels import attend, attend_backward, attend_by_products, backward_by_products, kernel_for
 from parallel.sequence.layout import Cut, Layout, document_starts
 from parallel.sequence.ring import RING
-from tests.parallel.simulated import furthest, members, split, tensors, whole
+from tests.parallel.simulated import Found, furthest, members, split, tensors, whole
 
 CUTS = {
     "alone": Cut(),
@@ -191,3 +191,14 @@ def test_the_kernels_of_a_gpu_are_the_products(
     given = grad, q, k, v, out, lse + 0.5, causal, 0.2
     for one, other in zip(attend_backward(*given), backward_by_products(*given), strict=True):
         assert (one - other).abs().max() < limit * other.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("cut", ["ulysses 4", "ring 3", "usp 2 x 2", "lightseq 3", "lightseq 4"])
+def test_split_attention_on_a_gpu_is_attention(cut: str, dtype: torch.dtype, limit: float) -> None:
+    """All ranks on one device, whose kernels are as coarse as they are."""
+    layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
+    inputs = tensors(HEADS["GQA 2"], dtype, LENGTH)
+    found, expected = split(CUTS[cut], [x.cuda() for x in inputs], layout, True), whole(inputs, layout, True)
+    assert furthest(Found(found.out.cpu(), [x.cpu() for x in found.gradients], found.sent), expected) < limit
