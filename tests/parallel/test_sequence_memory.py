@@ -5,6 +5,7 @@ import torch
 
 from trainer.cli.plan import load
 from trainer.plan import Plan, planned_config, predict
+from trainer.plan_report import headline
 
 CPU = torch.device("cpu")
 LENGTH = 1024
@@ -40,6 +41,12 @@ def test_what_attention_leaves_is_predicted_where_recomputed_blocks_hold_it() ->
     asked = "activations=recompute", "parallel.sequence=lightseq"
     held, ran_again = kept(plan(4, *asked)), kept(plan(4, *asked, "activations.attention=recompute"))
     assert held - ran_again == 3 * (64 + 8) * 4 * LENGTH // 4
+
+
+def test_a_plan_says_how_many_ranks_share_rows() -> None:
+    cfg = load([*MODEL, "parallel.sequence=lightseq", "parallel.sequence_degree=2", "train.global_batch=4"], 4)
+    said = headline(cfg, Plan(parameters=1, ranks=4, device="cpu", steps={})).plain
+    assert "a step of each 2 ranks that share rows: 2 micro-steps of 1 sequence of 1024" in said
 
 
 def test_a_step_is_predicted_with_what_is_sharded_and_recomputed() -> None:
