@@ -26,10 +26,10 @@ from benchmarks.ranks import on_ranks
 from benchmarks.report import print_table, spread, write_result
 from parallel.config import ParallelConfig, SequenceKind
 from parallel.launch import World, connected
+from parallel.sequence.blockwise import see, see_backward
 from parallel.sequence.cost import Shape
 from parallel.sequence.group import make_strategy
 from parallel.sequence.layout import Cut, Layout
-from parallel.sequence.ring import see, see_backward
 
 ROUNDS = 5
 Step = Callable[[], None]
@@ -120,6 +120,7 @@ ARMS: dict[str, Callable[[World, Shape], tuple[Step, dict[str, Any]]]] = {
     "ulysses": lambda world, shape: ours(SequenceKind.ulysses, world, shape),
     "ring": lambda world, shape: ours(SequenceKind.ring, world, shape),
     "usp": lambda world, shape: ours(SequenceKind.usp, world, shape),
+    "lightseq": lambda world, shape: ours(SequenceKind.lightseq, world, shape),
     "deepspeed ulysses": deepspeed_ulysses,
     "torch context_parallel": torch_context_parallel,
 }

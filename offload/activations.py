@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from offload.attention import Results
 from offload.compress import FP8_GROUP, INT8_GROUP, encode
 from offload.config import COMPRESSED, EXACT, MOVED, ActivationsConfig, Fate
 from offload.elsewhere import Elsewhere
 from offload.policy import Policy, Verdict
 from offload.pool import Ledger
 from offload.recompute import recompute, tile_mlps
-from offload.saved import Compressed, Entry, Frame, Saved
+from offload.saved import Compressed, Entry, Frame, Saved, hold
 from offload.saving import Caller, given, has_storage, is_on, is_parameters_form, row_of
 from offload.streams import Copies
 
@@ -39,6 +40,7 @@ class Activations:
     Args:
         blocks: name and module of each block, in the order they run.
         device: where the model computes.
+        shared_rows: whether attention is over rows that several ranks share.
 
     Raises:
         ValueError: a rule or option that these blocks cannot honour.
@@ -50,6 +52,7 @@ class Activations:
         blocks: Sequence[tuple[str, nn.Module]],
         device: torch.device,
         *,
+        shared_rows: bool = False,
         copies: Copies | None = None,
         dedupe: bool = True,
     ) -> None:
@@ -57,7 +60,7 @@ class Activations:
         self.frames: list[Frame] = []
         """Of the last forward, one for each block."""
         self._blocks, self._device, self._dedupe = blocks, device, dedupe
-        self._policy = Policy(cfg, blocks)
+        self._policy = Policy(cfg, blocks, shared_rows=shared_rows)
         self._elsewhere = Elsewhere(cfg, device, self.ledger, copies or Copies(device))
         self._caller = Caller(operators=self._policy.by_operator, modules=self._policy.by_module)
         self._entries: dict[tuple[int, Fate], weakref.ref[Entry]] = {}
@@ -102,7 +105,7 @@ class Activations:
         if self.cfg.tile_mlp > 1:
             tile_mlps(self._blocks, self.cfg.tile_mlp)
         for region in self._policy.regions:
-            recompute(region, self._saving_inputs)
+            recompute(region, self._saving_inputs, self._results)
         for index, (name, block) in enumerate(self._blocks):
             self._caller.follow(name, block)
             self._frame_block(index, name, block)
@@ -157,6 +160,16 @@ class Activations:
             yield
         finally:
             self._inputs = False
+
+    def _results(self) -> Results:
+        """What holds the results of a recomputed module's attention: where its inputs are, if those stay exact."""
+        return Results(self._pack_result if self.cfg.inputs in MOVED else hold, self._unpack)
+
+    def _pack_result(self, tensor: Tensor) -> Any:
+        packed = self._pack(self.frames[-1], tensor)
+        if not isinstance(packed, Saved):
+            hold(tensor)
+        return packed
 
     # --- one saved tensor ---
 

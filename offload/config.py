@@ -92,6 +92,10 @@ class ActivationsConfig:
     both ('mlp linear() -> host')."""
     inputs: Fate = Fate.keep
     """What becomes of the inputs of recomputed blocks: keep, host, disk, int8 or fp8."""
+    attention: Fate | None = None
+    """What recomputed blocks do about attention. keep: hold its output and row sums, a hidden state a block, so that
+    all else runs again; keys and values that went round need not do so again. recompute: run it again, too. Default:
+    keep with parallel.sequence=lightseq, as its authors do (unless activations.inputs is int8 or fp8), or recompute."""
     keep_last: int = 1
     """The last blocks, whose backward comes at once, keep what they save: nothing would be gained by moving it."""
     min_bytes: int = 65536
@@ -154,6 +158,19 @@ class ActivationsConfig:
                 )
         return found
 
+    def _attention_problems(self, fates: set[Fate]) -> list[str]:
+        """Keeping attention's results is a matter of blocks that run again."""
+        if self.attention is None:
+            return []
+        asked = f"activations.attention={self.attention.value}"
+        if self.attention not in (Fate.keep, Fate.recompute):
+            return [f"{asked}: must be keep or recompute; rules say where what attention saves goes"]
+        if Fate.selective in fates:
+            return [f"{asked}: has no effect, as activations=selective keeps it; leave it out, or use recompute"]
+        if Fate.recompute not in fates:
+            return [f"{asked}: has no effect, as nothing is recomputed; use it with activations=recompute"]
+        return []
+
     def _tier_problems(self) -> list[str]:
         """A limit or a folder for a tier that nothing goes to would be ignored."""
         found = []
@@ -171,6 +188,7 @@ class ActivationsConfig:
                 f"activations.inputs={self.inputs.value}: has no effect, as nothing is recomputed; "
                 "use it with activations=recompute or activations=selective"
             )
+        found += self._attention_problems(fates)
         elsewhere, codes = bool(fates & set(MOVED)), bool(fates & set(COMPRESSED))
         for option, used in {"keep_last": elsewhere, "when_full": elsewhere, "min_bytes": elsewhere or codes}.items():
             value = getattr(self, option)

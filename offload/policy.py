@@ -56,6 +56,8 @@ class Region:
     """Kernels whose results are kept."""
     alternate: tuple[str, ...] = ()
     """Kernels of which every second result is kept."""
+    shared_attention: bool = False
+    """Whether the results of attention over rows that ranks share are kept."""
 
 
 class Policy:
@@ -65,8 +67,10 @@ class Policy:
         ValueError: a rule that nothing in `blocks` can meet.
     """
 
-    def __init__(self, cfg: ActivationsConfig, blocks: Sequence[tuple[str, nn.Module]]) -> None:
-        self.cfg = cfg
+    def __init__(
+        self, cfg: ActivationsConfig, blocks: Sequence[tuple[str, nn.Module]], *, shared_rows: bool = False
+    ) -> None:
+        self.cfg, self._shared_rows = cfg, shared_rows
         self.rules = cfg.parsed()
         self._modules = [(name, module) for block, top in blocks for name, module in named(block, top)]
         self._check_names()
@@ -125,9 +129,13 @@ class Policy:
             if rule.operator is not None and rule.fate is Fate.keep and meets(rule, name)
             for kernel in kernels(rule.operator)
         ]
-        if fate is Fate.selective:
-            return Region(name, module, (*ATTENTION_KERNELS, *keep), tuple(k for k in PRODUCTS if k not in keep))
-        return Region(name, module, tuple(keep))
+        if fate is Fate.selective or self.cfg.attention is Fate.keep:
+            keep = [*ATTENTION_KERNELS, *keep]
+        shared = self._shared_rows and set(keep) >= set(ATTENTION_KERNELS)
+        if shared:  # many kernels' results, of which those of the whole are made
+            keep = [kernel for kernel in keep if kernel not in ATTENTION_KERNELS]
+        alternate = [kernel for kernel in PRODUCTS if kernel not in keep] if fate is Fate.selective else []
+        return Region(name, module, tuple(keep), tuple(alternate), shared)
 
     def _check_names(self) -> None:
         """Every rule's module pattern must match something, every operator must be one."""

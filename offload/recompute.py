@@ -3,19 +3,22 @@
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from offload.attention import FirstRun, Results, SecondRun
 from offload.policy import Region
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-def recompute(region: Region, around: Callable[[], AbstractContextManager[None]]) -> None:
+def recompute(
+    region: Region, around: Callable[[], AbstractContextManager[None]], results: Callable[[], Results]
+) -> None:
     """Make a module keep its inputs (and the results that its region names) and run again in backward.
 
     The random numbers of its dropout are drawn again. Hooks on the module stay outside: FSDP gathers its weights for
@@ -23,10 +26,12 @@ def recompute(region: Region, around: Callable[[], AbstractContextManager[None]]
 
     Args:
         around: makes a context in which the inputs are saved.
+        results: makes what holds the results of attention over rows that ranks share, where the region keeps them.
     """
     inner = region.module.forward
-    contexts = functools.partial(selective_contexts, region) if region.keep or region.alternate else None
-    options: dict[str, Any] = {"context_fn": contexts} if contexts else {}
+    options: dict[str, Any] = {}
+    if region.keep or region.alternate or region.shared_attention:
+        options["context_fn"] = functools.partial(contexts, region, results)
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -38,8 +43,17 @@ def recompute(region: Region, around: Callable[[], AbstractContextManager[None]]
     region.module.forward = forward
 
 
-def selective_contexts(region: Region) -> Contexts:
+def contexts(region: Region, results: Callable[[], Results]) -> Contexts:
     """Contexts of forward and recomputation that keep what `region` names."""
+    selective = selective_contexts(region) if region.keep or region.alternate else (nullcontext(), nullcontext())
+    if not region.shared_attention:
+        return selective
+    held = results()
+    return FirstRun(held, selective[0]), SecondRun(held, selective[1])
+
+
+def selective_contexts(region: Region) -> Contexts:
+    """Those of torch, for results of single kernels."""
     seen: dict[tuple[bool, str], int] = defaultdict(int)
     keep, alternate = set(region.keep), set(region.alternate)
 
@@ -54,8 +68,8 @@ def selective_contexts(region: Region) -> Contexts:
             kept = name in keep
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    contexts: Contexts = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
-    return contexts
+    found: Contexts = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+    return found
 
 
 def tile_mlps(blocks: Sequence[tuple[str, nn.Module]], pieces: int) -> None:

@@ -35,6 +35,7 @@ class SequenceKind(Enum):
     ulysses = "ulysses"
     ring = "ring"
     usp = "usp"
+    lightseq = "lightseq"
 
 
 @dataclass(kw_only=True)
@@ -59,7 +60,8 @@ class ParallelConfig:
     sequence: SequenceKind = SequenceKind.none
     """How the tokens of a row are split over ranks (any transformers model; exact). none: every rank has whole rows.
     ulysses: an all-to-all gives each rank all tokens of some heads. ring: keys and values go round, which overlaps with
-    computing; any number of heads. usp: ulysses among neighbours, a ring over those."""
+    computing; any number of heads. usp: ulysses among neighbours, a ring over those. lightseq: early ranks help
+    late ones with causal attention; half the bytes of a ring where all heads have keys; any number of heads."""
     sequence_degree: int | None = None
     """Ranks that share each row; their number times the ranks that read different rows is that of all. Default: all
     ranks share every row. What parallel.zero cuts, it cuts over all of them."""
@@ -104,7 +106,7 @@ class ParallelConfig:
         if degree is not None and kind is SequenceKind.none:
             found.append(
                 f"parallel.sequence_degree={degree}: has no effect with parallel.sequence=none; leave it out, or use "
-                "parallel.sequence=ulysses, ring or usp"
+                "parallel.sequence=ulysses, ring, usp or lightseq"
             )
         elif degree is not None and degree < 2:
             found.append(f"parallel.sequence_degree={degree}: splits nothing; use 2 or more, or parallel.sequence=none")

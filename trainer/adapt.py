@@ -4,10 +4,12 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload.activations import Activations
-from offload.config import ActivationsConfig
+from offload.config import COMPRESSED, ActivationsConfig, Fate
 from offload.lean import make_lean
+from parallel.config import SequenceKind
 from parallel.launch import World
 from trainer.errors import UserError
+from trainer.schema import Config
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -29,8 +31,25 @@ def untied_ends(model: nn.Module) -> list[nn.Module]:
     return ends
 
 
-def manage_activations(cfg: ActivationsConfig, world: World, model: nn.Module) -> Activations | None:
+def keeps_attention(cfg: Config) -> bool:
+    """Whether recomputed blocks hold attention's results, as options say or the strategy does."""
+    activations = cfg.activations
+    ruled = [r for r in activations.parsed() if r.operator == "scaled_dot_product_attention" and r.module is None]
+    if activations.fate is Fate.selective or any(rule.fate is Fate.keep for rule in ruled):
+        return True
+    if activations.attention is not None:
+        return activations.attention is Fate.keep
+    recomputes = Fate.recompute in activations.fates() and activations.inputs not in COMPRESSED
+    return recomputes and cfg.parallel.sequence is SequenceKind.lightseq
+
+
+def manage_activations(
+    cfg: ActivationsConfig, world: World, model: nn.Module, *, shared_rows: bool = False
+) -> Activations | None:
     """Give what the model's blocks save the fate that `cfg` has for it; None where that is autograd's own.
+
+    Args:
+        shared_rows: whether attention is over rows that several ranks share.
 
     Raises:
         UserError: the model has no blocks, or nothing that a rule could mean.
@@ -49,6 +68,6 @@ def manage_activations(cfg: ActivationsConfig, world: World, model: nn.Module) -
             "(GradientCheckpointingLayer), so none whose activations have a fate. Use activations=keep without rules."
         )
     try:
-        return Activations(cfg, found, world.device)
+        return Activations(cfg, found, world.device, shared_rows=shared_rows)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -5,7 +5,7 @@ wrong about data and model files is found before weights are made.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.activations import Activations
+from offload.config import Fate
 from offload.float8_layers import plain_products
 from offload.host_step import states_away
 from offload.pool import TierError
@@ -28,7 +29,7 @@ from parallel.place import spread as spread_over_ranks
 from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
 from parallel.spread import Spread
-from trainer.adapt import blocks, manage_activations, untied_ends
+from trainer.adapt import blocks, keeps_attention, manage_activations, untied_ends
 from trainer.data.corpus import Corpus, build_corpus
 from trainer.data.leak import check_documents_apart
 from trainer.determinism import make_deterministic
@@ -160,7 +161,8 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
     """
     strategy = split_rows(cfg, world, model)
     remarks = use_float8_of(cfg.precision, model)
-    activations = manage_activations(cfg.activations, world, model)
+    fates = replace(cfg.activations, attention=Fate.keep) if keeps_attention(cfg) else cfg.activations
+    activations = manage_activations(fates, world, model, shared_rows=strategy is not None)
     loss = HeadLoss(model, cfg.loss)
     with_engine = with_torch if cfg.parallel.engine is EngineName.torch else with_library
     try:

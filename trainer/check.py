@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+from offload.config import Fate
 from parallel.config import Matrices, SequenceKind
 from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
 from trainer.check_offload import gradients_problems, host_problems, states_problems, tier_problems
@@ -78,11 +79,16 @@ def int8_problems(cfg: Config) -> list[str]:
 
 
 def attention_problems(cfg: Config) -> list[str]:
-    """The flash kernels are a package of their own, and take 16-bit numbers alone."""
-    if cfg.model.attention is not Attention.flash_attention_2:
-        return []
-    asked, remedy = "model.attention=flash_attention_2", "model.attention=sdpa has flash kernels built in"
+    """The flash kernels are a package of their own, and take 16-bit numbers alone; torch's results alone are kept."""
     found = []
+    if cfg.activations.attention is Fate.keep and cfg.model.attention is not Attention.sdpa:
+        found.append(
+            f"activations.attention=keep: has no effect with model.attention={cfg.model.attention.value}, whose "
+            "results are not known; use model.attention=sdpa"
+        )
+    if cfg.model.attention is not Attention.flash_attention_2:
+        return found
+    asked, remedy = "model.attention=flash_attention_2", "model.attention=sdpa has flash kernels built in"
     if importlib.util.find_spec("flash_attn") is None:
         found.append(f"{asked}: the package flash-attn isn't installed; install it, or note that {remedy}")
     if cfg.precision.compute not in (Dtype.bf16, Dtype.fp8):

@@ -46,11 +46,12 @@ def plan_report(cfg: Config, plan: Plan, instead: Instead, untried: Sequence[str
 
 
 def headline(cfg: Config, plan: Plan) -> Text:
-    """Say what is planned, and what one rank does in one step."""
-    rows = cfg.train.global_batch // plan.ranks
-    micro_steps = rows // cfg.train.micro_batch
+    """Say what is planned, and what one rank, or those that share its rows, do in one step."""
+    degree = cfg.parallel.degree(plan.ranks)
+    micro_steps = cfg.train.global_batch // (plan.ranks // degree) // cfg.train.micro_batch
     each = f"{plural(micro_steps, 'micro-step')} of {plural(cfg.train.micro_batch, 'sequence')}"
-    share = "a step" if plan.ranks == 1 else "a step of each rank"
+    sharing = f"{degree} ranks that share rows" if degree > 1 else "rank"
+    share = "a step" if plan.ranks == 1 else f"a step of each {sharing}"
     return Text.assemble((info(cfg, plan).facts(), "bold"), f"\n{share}: {each} of {cfg.data.sequence_length} tokens")
 
 

@@ -18,12 +18,13 @@ from offload.config import Fate
 from parallel.collectives import any_rank
 from parallel.config import SequenceKind
 from parallel.launch import World
-from parallel.sequence.cost import Shape
+from parallel.sequence.cost import Cost, Shape
 from parallel.sequence.group import make_strategy
 from parallel.sequence.interface import NAME, Share, Unsupported, register
 from parallel.sequence.layout import Layout, document_starts
 from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
+from trainer.adapt import keeps_attention
 from trainer.check_sequence import check_attention, heads_of
 from trainer.data.batch import Batch
 from trainer.errors import UserError
@@ -126,25 +127,38 @@ def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConfig, strategy: Strategy) -> str:
-    """Say what sharing rows costs a rank and what it saves."""
+def layer_shape(cfg: Config, world: World, config: transformers.PretrainedConfig) -> Shape:
+    """A layer's attention over the whole rows of a micro-batch."""
     text = config.get_text_config()
     heads, key_heads = heads_of(text)
-    train, length, cut = cfg.train, cfg.data.sequence_length, strategy.cut
     value_bytes = {Dtype.fp64: 8, Dtype.fp32: 4}.get(cfg.precision.compute, 2)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    micro = min(train.micro_batch, train.global_batch // world.data_count)
-    shape = Shape(micro, length, heads, key_heads, width, value_bytes)
-    cost, layers = strategy.cost(shape), int(text.num_hidden_layers)
-    forwards = 2 if cfg.activations.fate in (Fate.recompute, Fate.selective) else 1
-    micro_steps = train.global_batch // world.data_count // micro
-    step = (forwards * cost.forward + cost.backward) * layers * micro_steps
-    how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(cfg.parallel.sequence, "")
-    held = sum(map(len, cut.of_rank(length, strategy.index)))
+    micro = min(cfg.train.micro_batch, cfg.train.global_batch // world.data_count)
+    return Shape(micro, cfg.data.sequence_length, heads, key_heads, width, value_bytes)
+
+
+def step_sends(cfg: Config, world: World, config: transformers.PretrainedConfig, cost: Cost) -> int:
+    """Bytes that a rank's attention sends in a step, `cost` being that of a layer and micro-batch."""
+    again = 0
+    if cfg.activations.fate in (Fate.recompute, Fate.selective):
+        again = cost.again if keeps_attention(cfg) else cost.forward
+    rows, train = cfg.train.global_batch // world.data_count, cfg.train
+    layers = int(config.get_text_config().num_hidden_layers)
+    return (cost.forward + again + cost.backward) * layers * (rows // min(train.micro_batch, rows))
+
+
+def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConfig, strategy: Strategy) -> str:
+    """Say what sharing rows costs a rank and what it saves."""
+    shape, cut, kind = layer_shape(cfg, world, config), strategy.cut, cfg.parallel.sequence
+    cost = strategy.cost(shape)
+    how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(kind, "")
+    fewer = " (fewer where rows are packed)" if kind is SequenceKind.lightseq else ""
+    held = sum(map(len, cut.of_rank(shape.length, strategy.index)))
     sent = f"{format_bytes(cost.forward)} forward and {format_bytes(cost.backward)} backward"
+    step = format_bytes(step_sends(cfg, world, config, cost))
     kept = f"{format_bytes(cost.kept)} for backward (whole rows: {format_bytes(shape.whole_kept)})"
     return (
-        f"parallel.sequence={cfg.parallel.sequence.value}: {cut.degree} ranks share each row{how}, {held:,} of "
-        f"{length:,} tokens here; a layer sends {sent} a micro-batch, {format_bytes(step)} a step in all; its "
+        f"parallel.sequence={kind.value}: {cut.degree} ranks share each row{how}, {held:,} of "
+        f"{shape.length:,} tokens here; a layer sends {sent} a micro-batch, {step} a step in all{fewer}; its "
         f"attention keeps {kept} and holds {format_bytes(cost.working)} more while it runs"
     )

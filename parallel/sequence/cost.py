@@ -1,7 +1,9 @@
 """What splitting rows costs a layer of attention: bytes sent, kept for backward, and held while it runs. Exact."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from parallel.sequence.layout import Cut
 from parallel.sequence.ulysses import Heads
@@ -40,10 +42,28 @@ class Cost:
     """Sent."""
     backward: int
     """Sent."""
+    again: int
+    """Sent by a block that runs again in backward, where attention's results were kept."""
     kept: int
     """From forward to backward."""
     working: int
-    """Held by what runs beside what is kept and what is handed in and out, at most; backward holds the most."""
+    """Held beside what is kept, at most, by backward, which holds the most: sums of gradients, and messages with what
+    they are sent from; not what kernels make in passing."""
+
+
+class Across(NamedTuple):
+    """Of a member of the outer group, for its heads, in bytes."""
+
+    forward: int
+    """Sent."""
+    backward: int
+    """Sent."""
+    working: int
+    """As `Cost.working`."""
+
+
+CostAcross = Callable[[Cut, int, Shape, int, int], Across]
+"""Of a cut, the member, the shape, and how many query and key heads the member computes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,7 @@ class ExactCost:
     cut: Cut
     rank: int
     shape: Shape
+    across: CostAcross
 
     @cached_property
     def heads(self) -> Heads:
@@ -65,27 +86,21 @@ class ExactCost:
     def tokens(self, rank: int) -> int:
         return sum(map(len, self.cut.of_rank(self.shape.length, rank)))
 
-    def member_tokens(self, member: int) -> int:
-        return sum(map(len, self.cut.of_member(self.shape.length, member)))
-
     def of(self) -> Cost:
         s, piece = self.shape, self.rank % self.cut.ulysses
-        value, wide = s.batch * s.width * s.value_bytes, s.batch * s.width * s.wide_bytes
+        value = s.batch * s.width * s.value_bytes
         queries = width(self.heads.q(piece))
         keys = width(self.heads.k(piece)) if self.heads.groups(piece) is None else queries
-        held = self.member_tokens(self.member)
-        hops = [self.member_tokens((self.member - hop) % self.cut.ring) for hop in range(self.cut.ring)]
-        passed = 2 * keys * value * sum(hops[:-1])
-        gradients = 2 * keys * wide * sum(hops) if self.cut.ring > 1 else 0
+        held = sum(map(len, self.cut.of_member(s.length, self.member)))
+        across = self.across(self.cut, self.member, s, queries, keys)
         to_heads, to_tokens = self.exchanged(piece)
-        most = max(hops)
-        ring_working = 2 * keys * most * (value + 2 * wide) + queries * held * wide if self.cut.ring > 1 else 0
         copies = 2 * (queries + 2 * keys) * held * value if self.cut.ulysses > 1 else 0
         return Cost(
-            forward=to_heads * value + passed,
-            backward=to_tokens * value + passed + gradients,
+            forward=to_heads * value + across.forward,
+            backward=to_tokens * value + across.backward,
+            again=to_heads * value,
             kept=(2 * queries + 2 * keys) * held * value + queries * held * s.batch * s.wide_bytes,
-            working=max(ring_working, copies),
+            working=max(across.working, copies),
         )
 
     def exchanged(self, piece: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ traffic wants the fastest links: process rank = (data rank * ring + member) * ul
 
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from parallel.config import ParallelConfig
@@ -13,7 +14,7 @@ from parallel.launch import World
 from parallel.pretended import PretendedGroup
 from parallel.sequence.layout import Cut
 from parallel.sequence.links import Alone, Connection, Links, PretendedLinks
-from parallel.sequence.strategy import Exact, Strategy, cut_of
+from parallel.sequence.strategy import Exact, Strategy, cut_of, method_of
 
 
 def make_strategy(world: World, cfg: ParallelConfig, *, heads: int, key_heads: int) -> Strategy | None:
@@ -26,7 +27,7 @@ def make_strategy(world: World, cfg: ParallelConfig, *, heads: int, key_heads: i
         return None
     cut = cut_of(cfg, world.sequence_degree, heads, key_heads)
     inner, outer = connect(world, cut, cfg.timeout)
-    return Exact(cut, world.sequence_rank, inner, outer)
+    return Exact(cut, world.sequence_rank, inner, outer, method_of(cfg))
 
 
 def connect(world: World, cut: Cut, timeout: float = 600.0) -> tuple[Connection, Connection]:
@@ -37,17 +38,19 @@ def connect(world: World, cut: Cut, timeout: float = 600.0) -> tuple[Connection,
     for base in range(0, world.process_count, cut.degree):
         inner += [[base + m * cut.ulysses + u for u in range(cut.ulysses)] for m in range(cut.ring)]
         outer += [[base + m * cut.ulysses + u for m in range(cut.ring)] for u in range(cut.ulysses)]
-    return links_among(inner, timeout), links_among(outer, timeout)
+    return links_among(inner, timeout, world.device), links_among(outer, timeout, world.device)
 
 
 def alone_or_pretended(count: int) -> Connection:
     return PretendedLinks(count) if count > 1 else Alone()
 
 
-def links_among(groups: list[list[int]], timeout: float) -> Connection:
+def links_among(groups: list[list[int]], timeout: float, device: torch.device) -> Connection:
     """Connections within `groups` of process ranks, of which one is this rank's."""
     if len(groups[0]) == 1:
         return Alone()
     # Groups of their own: what attention sends never queues behind gradients, or the other way round.
     mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timedelta(seconds=timeout))  # type: ignore[no-untyped-call]
+    # NCCL wants every rank in the first call of a group, and not all need have something to send in a first exchange.
+    dist.all_reduce(torch.zeros(1, device=device), group=mine)
     return Links(mine)

@@ -83,14 +83,17 @@ def attention(
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    out = sequence_attention(query, key, value, sequence, causal=bool(causal), scale=float(scale))
+    out = scaled_dot_product_attention(query, key, value, sequence, causal=bool(causal), scale=float(scale))
     return out.transpose(1, 2).contiguous(), None
 
 
-def sequence_attention(q: Tensor, k: Tensor, v: Tensor, share: Share, *, causal: bool, scale: float) -> Tensor:
-    """`Strategy.attend`, as a function that rules of fates know by name."""
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, share: Share, *, causal: bool, scale: float
+) -> Tensor:
+    """`Strategy.attend`, as a function that rules of fates know: by the name of torch's, which it stands for, so that
+    they mean the same whether rows are split or not."""
     if has_torch_function((q, k, v)):
         return handle_torch_function(  # type: ignore[no-any-return]
-            sequence_attention, (q, k, v), q, k, v, share, causal=causal, scale=scale
+            scaled_dot_product_attention, (q, k, v), q, k, v, share, causal=causal, scale=scale
         )
     return share.strategy.attend(q, k, v, share.layout, causal=causal, scale=scale)

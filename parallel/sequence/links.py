@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Shape = Sequence[int]
-
 
 class Pending:
     """Tensors on their way. Their buffers, and those sent, are kept until they are waited for."""
@@ -36,11 +34,9 @@ class Connection(Protocol):
     sent: int
     """Bytes this rank has sent to others so far."""
 
-    def exchange(
-        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
-    ) -> Pending:
-        """Begin to send tensors to rank `to` and to receive tensors of `shapes`, of dtype and device of `like`, from
-        `source`; None: nothing to send, or to receive."""
+    def exchange(self, send: Sequence[Tensor], to: int | None, coming: Sequence[Tensor], source: int | None) -> Pending:
+        """Begin to send tensors to rank `to`, and to fill the tensors `coming` with what `source` sends; None: nothing
+        to send, or to receive."""
         ...
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
@@ -53,9 +49,7 @@ class Alone:
 
     count, index, sent = 1, 0, 0
 
-    def exchange(
-        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
-    ) -> Pending:
+    def exchange(self, send: Sequence[Tensor], to: int | None, coming: Sequence[Tensor], source: int | None) -> Pending:
         raise AssertionError("a rank alone has nobody to send to")
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
@@ -69,10 +63,7 @@ class Links:
         self._group = group
         self.count, self.index, self.sent = group.size(), group.rank(), 0
 
-    def exchange(
-        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
-    ) -> Pending:
-        coming = [like.new_empty(tuple(shape)) for shape in shapes]
+    def exchange(self, send: Sequence[Tensor], to: int | None, coming: Sequence[Tensor], source: int | None) -> Pending:
         sent = [tensor.contiguous() for tensor in send]
         # As one batch: sends and receives that wait for each other in a circle would otherwise deadlock on NCCL.
         group, operations = self._group, []
@@ -82,7 +73,7 @@ class Links:
         if source is not None:
             operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=source) for tensor in coming]
         works = dist.batch_isend_irecv(operations) if operations else []
-        return Pending(coming, works, sent)
+        return Pending(list(coming), works, sent)
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         sent = torch.cat(list(parts))
@@ -98,12 +89,10 @@ class PretendedLinks:
     def __init__(self, count: int) -> None:
         self.count, self.index, self.sent = count, 0, 0
 
-    def exchange(
-        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
-    ) -> Pending:
+    def exchange(self, send: Sequence[Tensor], to: int | None, coming: Sequence[Tensor], source: int | None) -> Pending:
         sent = [tensor.contiguous() for tensor in send]
         self.sent += sum(tensor.nbytes for tensor in sent) if to is not None else 0
-        return Pending([like.new_empty(tuple(shape)) for shape in shapes], (), sent)
+        return Pending(list(coming), (), sent)
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         sent = torch.cat(list(parts))

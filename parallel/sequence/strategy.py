@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from parallel.config import ParallelConfig, SequenceKind
+from parallel.sequence.blockwise import BlockwiseAttention, Method
 from parallel.sequence.cost import Cost, ExactCost, Shape
 from parallel.sequence.layout import Cut, Layout
+from parallel.sequence.lightseq import LIGHTSEQ
 from parallel.sequence.links import Connection
-from parallel.sequence.ring import RingAttention
+from parallel.sequence.ring import RING
 from parallel.sequence.ulysses import Heads, ToHeads, ToTokens
 
 
@@ -47,23 +49,25 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Exact:
-    """Softmax attention: heads over the inner ranks (ulysses), keys and values around the outer ones (ring).
+    """Softmax attention: heads over the inner ranks (ulysses), tokens over the outer ones, whose queries and keys meet
+    by a method: keys and values go around a ring, or some lend queries to others (LightSeq).
 
-    With one inner rank it is ring attention, with one outer rank Ulysses, with several of both USP (Fang, Zhao 2024,
-    arXiv:2405.07719).
+    With one inner rank it is ring attention or LightSeq, with one outer rank Ulysses, with several of both USP (Fang,
+    Zhao 2024, arXiv:2405.07719).
     """
 
     cut: Cut
     index: int
     inner: Connection
     outer: Connection
+    method: Method = RING
 
     def cost(self, shape: Shape) -> Cost:
-        return ExactCost(self.cut, self.index, shape).of()
+        return ExactCost(self.cut, self.index, shape, self.method.cost).of()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float) -> Tensor:
         if self.cut.ulysses == 1:
-            return ring(q, k, v, layout, self.outer, causal, scale)
+            return self.across(q, k, v, layout, causal, scale)
         heads = Heads(q.shape[1], k.shape[1], self.cut.ulysses)
         member = self.index // self.cut.ulysses
         tokens = [layout.held(member * self.cut.ulysses + piece) for piece in range(self.cut.ulysses)]
@@ -72,12 +76,19 @@ class Exact:
         if groups is not None:  # key heads that serve different numbers of query heads
             order = torch.tensor(groups, device=k.device)
             k, v = k.index_select(1, order), v.index_select(1, order)
-        out = ring(q, k, v, layout, self.outer, causal, scale)
+        out = self.across(q, k, v, layout, causal, scale)
         return ToTokens.apply(out, heads, tokens, self.inner)  # type: ignore[no-any-return, no-untyped-call]
 
+    def across(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, scale: float) -> Tensor:
+        """Attend to the tokens of all outer ranks, by this rank's heads."""
+        return BlockwiseAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
+            q, k, v, self.method, layout, self.outer, causal, scale
+        )
 
-def ring(q: Tensor, k: Tensor, v: Tensor, layout: Layout, links: Connection, causal: bool, scale: float) -> Tensor:
-    return RingAttention.apply(q, k, v, layout, links, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+def method_of(cfg: ParallelConfig) -> Method:
+    """How the outer ranks' queries and keys meet."""
+    return LIGHTSEQ if cfg.sequence is SequenceKind.lightseq else RING
 
 
 def cut_of(cfg: ParallelConfig, degree: int, heads: int, key_heads: int) -> Cut:
@@ -90,6 +101,8 @@ def cut_of(cfg: ParallelConfig, degree: int, heads: int, key_heads: int) -> Cut:
         return Cut(ulysses=degree)
     if cfg.sequence is SequenceKind.ring:
         return Cut(ring=degree)
+    if cfg.sequence is SequenceKind.lightseq:
+        return Cut(ring=degree, zigzag=False)
     inner = cfg.ulysses_degree or max(
         count for count in range(1, degree + 1) if not (degree % count or heads % count or key_heads % count)
     )

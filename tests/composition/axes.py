@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from unittest import mock
 
 import yaml
@@ -173,6 +173,7 @@ AXES: tuple[Axis, ...] = (
         v("ring", "parallel.sequence=ring", degree=ALL),
         v("ring_pairs", "parallel.sequence=ring", "parallel.sequence_degree=2", degree=2),
         v("usp", "parallel.sequence=usp", degree=ALL),
+        v("lightseq", "parallel.sequence=lightseq", degree=ALL),
     )),
     Axis("engine", "library that runs the distributed step", False, (
         v("torch"), v("deepspeed", "parallel.engine=deepspeed"),
@@ -189,6 +190,7 @@ AXES: tuple[Axis, ...] = (
     Axis("activations", "what becomes of saved activations; what 8-bit codes lose, the reference loses too", False, (
         v("keep"),
         v("recompute", "activations.fate=recompute"),
+        v("recompute_but_attention", "activations.fate=recompute", "activations.attention=keep"),
         v("selective", "activations.fate=selective"),
         v("host", "activations.fate=host", SMALL),
         v("disk", "activations.fate=disk", SMALL),
@@ -344,8 +346,9 @@ def common_config() -> Config:
 
 def put(section: Any, name: str, text: str) -> None:
     """Set an option of a section to what `text` says: a number, a choice, or a word of YAML."""
-    held = getattr(section, name)
-    read: Any = type(held) if isinstance(held, Enum) else float if isinstance(held, float) else yaml.safe_load
+    hint = get_type_hints(type(section))[name]
+    choices = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Enum)]
+    read: Any = choices[0] if choices else float if hint is float else yaml.safe_load
     setattr(section, name, read(text))
 
 

@@ -36,6 +36,10 @@ HOST = ["activations=host", "activations.min_bytes=0"]
         (["activations.keep_last=2"], "has no effect, as nothing is moved"),
         (["activations.inputs=host"], "has no effect, as nothing is recomputed"),
         (["activations.inputs=recompute", "activations=recompute"], "what a block is given cannot be recomputed"),
+        (["activations.attention=keep"], "has no effect, as nothing is recomputed; use it with activations=recompute"),
+        (["activations.attention=keep", "activations=selective"], "activations=selective keeps it; leave it out"),
+        (["activations.attention=host", "activations=recompute"], "must be keep or recompute"),
+        (["activations.attention=keep", "activations=recompute", "model.attention=eager"], "use model.attention=sdpa"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

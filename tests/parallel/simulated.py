@@ -3,13 +3,18 @@
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import Queue
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.sequence.links import Pending, Shape
+from parallel.sequence.layout import Cut, Layout
+from parallel.sequence.lightseq import LIGHTSEQ
+from parallel.sequence.links import Pending
+from parallel.sequence.ring import RING
+from parallel.sequence.strategy import Exact
 
 
 class Wire:
@@ -24,15 +29,15 @@ class Wire:
 
 
 class Later(Pending):
-    def __init__(self, queue: "Queue[list[Tensor]] | None", shapes: Sequence[Shape]) -> None:
+    def __init__(self, queue: "Queue[list[Tensor]] | None", coming: Sequence[Tensor]) -> None:
         super().__init__([])
-        self.queue, self.shapes = queue, shapes
+        self.queue, self.coming = queue, coming
 
     def wait(self) -> list[Tensor]:
         if self.queue is None:
             return []
         came = self.queue.get(timeout=20)
-        assert [tuple(x.shape) for x in came] == [tuple(shape) for shape in self.shapes]
+        assert [(x.shape, x.dtype) for x in came] == [(x.shape, x.dtype) for x in self.coming]
         return came
 
 
@@ -42,13 +47,11 @@ class ThreadLinks:
     def __init__(self, wire: Wire, index: int) -> None:
         self.wire, self.count, self.index, self.sent = wire, wire.count, index, 0
 
-    def exchange(
-        self, send: Sequence[Tensor], to: int | None, shapes: Sequence[Shape], source: int | None, like: Tensor
-    ) -> Pending:
+    def exchange(self, send: Sequence[Tensor], to: int | None, coming: Sequence[Tensor], source: int | None) -> Pending:
         if to is not None:
             self.wire.queues[self.index, to].put([x.detach().clone() for x in send])
             self.sent += sum(x.nbytes for x in send)
-        return Later(None if source is None else self.wire.queues[source, self.index], shapes)
+        return Later(None if source is None else self.wire.queues[source, self.index], coming)
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         for to, part in enumerate(parts):
@@ -91,3 +94,60 @@ def dense(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[Sequence[int]], *, c
         allowed &= places[None, :, None] >= places[None, None, :]
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed[:, None], float("-inf"))
     return scores.softmax(-1) @ v
+
+
+@dataclass
+class Found:
+    """Of whole rows."""
+
+    out: Tensor
+    gradients: list[Tensor]
+    """Of q, k and v."""
+    sent: list[int]
+    """Bytes, by each rank."""
+
+
+def members(cut: Cut) -> list[Exact]:
+    """A strategy for each rank, connected to the others."""
+    inner, outer = [Wire(cut.ulysses) for _ in range(cut.ring)], [Wire(cut.ring) for _ in range(cut.ulysses)]
+    return [
+        Exact(cut, rank, ThreadLinks(inner[rank // cut.ulysses], rank % cut.ulysses),
+              ThreadLinks(outer[rank % cut.ulysses], rank // cut.ulysses), RING if cut.zigzag else LIGHTSEQ)
+        for rank in range(cut.degree)
+    ]  # fmt: skip
+
+
+def tensors(heads: tuple[int, int], dtype: torch.dtype, length: int, batch: int = 2) -> list[Tensor]:
+    """q, k, v and the output's gradient, for `heads` query and key heads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, count, length, 8) for count in (heads[0], heads[1], heads[1], heads[0])]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def split(cut: Cut, inputs: list[Tensor], layout: Layout, causal: bool) -> Found:
+    """Output and gradients of q, k, v, put together from all ranks."""
+    strategies = members(cut)
+
+    def run(rank: int) -> list[Tensor]:
+        local = [layout.take(x.transpose(1, 2), rank).transpose(1, 2) for x in inputs]
+        q, k, v = (x.clone().requires_grad_() for x in local[:3])
+        out = strategies[rank].attend(q, k, v, layout, causal=causal, scale=0.3)
+        out.backward(local[3])
+        return [out.detach(), q.grad, k.grad, v.grad]
+
+    found = on_threads(cut.degree, run)
+    whole = [layout.put([part[i].transpose(1, 2) for part in found]).transpose(1, 2) for i in range(4)]
+    return Found(whole[0], whole[1:], [each.inner.sent + each.outer.sent for each in strategies])
+
+
+def whole(inputs: list[Tensor], layout: Layout, causal: bool) -> Found:
+    q, k, v = (x.double().detach().requires_grad_() for x in inputs[:3])
+    out = dense(q, k, v, layout.documents, causal=causal, scale=0.3)
+    out.backward(inputs[3].double())
+    return Found(out.detach(), [q.grad, k.grad, v.grad], [])
+
+
+def furthest(found: Found, expected: Found) -> float:
+    """Largest difference beside the largest value, over output and gradients."""
+    pairs = zip([found.out, *found.gradients], [expected.out, *expected.gradients], strict=True)
+    return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in pairs)

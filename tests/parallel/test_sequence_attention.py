@@ -1,17 +1,15 @@
 """Every strategy's output and gradients are those of attention over whole rows, with ranks as threads."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
+from parallel.sequence.blockwise import merge_
 from parallel.sequence.cost import ExactCost, Shape
 from parallel.sequence.kernels import attend, attend_backward, attend_by_products, backward_by_products, kernel_for
 from parallel.sequence.layout import Cut, Layout, document_starts
-from parallel.sequence.ring import merge_
-from parallel.sequence.strategy import Exact
-from tests.parallel.simulated import ThreadLinks, Wire, dense, on_threads
+from parallel.sequence.ring import RING
+from tests.parallel.simulated import Found, furthest, members, split, tensors, whole
 
 CUTS = {
     "alone": Cut(),
@@ -22,6 +20,10 @@ CUTS = {
     "ring 3": Cut(ring=3),
     "ring 4": Cut(ring=4),
     "usp 2 x 2": Cut(ring=2, ulysses=2),
+    "lightseq 2": Cut(ring=2, zigzag=False),
+    "lightseq 3": Cut(ring=3, zigzag=False),
+    "lightseq 4": Cut(ring=4, zigzag=False),
+    "lightseq 2 x 2": Cut(ring=2, ulysses=2, zigzag=False),
 }
 HEADS = {"MHA": (8, 8), "GQA 2": (8, 4), "GQA 8": (8, 1), "uneven": (6, 2), "odd share": (9, 3)}
 DOCUMENTS = {
@@ -33,58 +35,6 @@ LENGTH = 29
 """Not a multiple of anything."""
 
 
-@dataclass
-class Found:
-    out: Tensor
-    gradients: list[Tensor]
-    sent: list[int]
-
-
-def members(cut: Cut) -> list[Exact]:
-    """A strategy for each rank, connected to the others."""
-    inner, outer = [Wire(cut.ulysses) for _ in range(cut.ring)], [Wire(cut.ring) for _ in range(cut.ulysses)]
-    return [
-        Exact(cut, rank, ThreadLinks(inner[rank // cut.ulysses], rank % cut.ulysses),
-              ThreadLinks(outer[rank % cut.ulysses], rank // cut.ulysses))
-        for rank in range(cut.degree)
-    ]  # fmt: skip
-
-
-def tensors(heads: tuple[int, int], dtype: torch.dtype, length: int = LENGTH, batch: int = 2) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, count, length, 8) for count in (heads[0], heads[1], heads[1], heads[0])]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def split(cut: Cut, inputs: list[Tensor], layout: Layout, causal: bool) -> Found:
-    """Output and gradients of q, k, v, put together from all ranks."""
-    strategies = members(cut)
-
-    def run(rank: int) -> list[Tensor]:
-        local = [layout.take(x.transpose(1, 2), rank).transpose(1, 2) for x in inputs]
-        q, k, v = (x.clone().requires_grad_() for x in local[:3])
-        out = strategies[rank].attend(q, k, v, layout, causal=causal, scale=0.3)
-        out.backward(local[3])
-        return [out.detach(), q.grad, k.grad, v.grad]
-
-    found = on_threads(cut.degree, run)
-    whole = [layout.put([part[i].transpose(1, 2) for part in found]).transpose(1, 2) for i in range(4)]
-    return Found(whole[0], whole[1:], [each.inner.sent + each.outer.sent for each in strategies])
-
-
-def whole(inputs: list[Tensor], layout: Layout, causal: bool) -> Found:
-    q, k, v = (x.double().requires_grad_() for x in inputs[:3])
-    out = dense(q, k, v, layout.documents, causal=causal, scale=0.3)
-    out.backward(inputs[3].double())
-    return Found(out.detach(), [q.grad, k.grad, v.grad], [])
-
-
-def furthest(found: Found, expected: Found) -> float:
-    """Largest difference beside the largest value, over output and gradients."""
-    pairs = zip([found.out, *found.gradients], [expected.out, *expected.gradients], strict=True)
-    return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in pairs)
-
-
 SMALLEST = [
     ("alone", "GQA 2", "packed", True),
     ("ulysses 3", "uneven", "packed", True),
@@ -92,6 +42,10 @@ SMALLEST = [
     ("ring 3", "GQA 2", "packed", True),
     ("ring 2", "MHA", "one document", False),
     ("usp 2 x 2", "odd share", "packed", True),
+    ("lightseq 4", "GQA 2", "packed", True),
+    ("lightseq 3", "GQA 8", "one document", True),
+    ("lightseq 2", "MHA", "one document", True),
+    ("lightseq 3", "GQA 2", "packed", False),
 ]
 """The quick suite's; the slow one takes all."""
 
@@ -100,7 +54,7 @@ SMALLEST = [
 def test_split_attention_is_attention(cut: str, heads: str, documents: str, causal: bool) -> None:
     layout = Layout(CUTS[cut], LENGTH, DOCUMENTS[documents])
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
-        inputs = tensors(HEADS[heads], dtype)
+        inputs = tensors(HEADS[heads], dtype, LENGTH)
         assert furthest(split(CUTS[cut], inputs, layout, causal), whole(inputs, layout, causal)) < limit
 
 
@@ -113,10 +67,10 @@ def test_split_attention_is_attention_in_every_case(cut: str, heads: str, docume
     test_split_attention_is_attention(cut, heads, documents, causal)
 
 
-@pytest.mark.parametrize("cut", ["ulysses 3", "ring 3", "usp 2 x 2"])
+@pytest.mark.parametrize("cut", ["ulysses 3", "ring 3", "usp 2 x 2", "lightseq 3", "lightseq 4"])
 def test_a_changed_document_leaves_the_others_bit_equal(cut: str) -> None:
     layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
-    inputs = tensors((6, 2), torch.float32)
+    inputs = tensors((6, 2), torch.float32, LENGTH)
     changed = [x.clone() for x in inputs]
     for x in changed:
         x[0, :, 6:17] += 1
@@ -130,8 +84,9 @@ def test_a_changed_document_leaves_the_others_bit_equal(cut: str) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("cut", CUTS)
 def test_bytes_sent_are_those_that_are_told(cut: str, heads: str) -> None:
-    layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
-    inputs = tensors(HEADS[heads], torch.float32)
+    """LightSeq sends less for packed rows; see its own tests."""
+    layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["one document" if "lightseq" in cut else "packed"])
+    inputs = tensors(HEADS[heads], torch.float32, LENGTH)
     costs = [each.cost(Shape(2, LENGTH, *HEADS[heads], 8, 4)) for each in members(CUTS[cut])]
     assert split(CUTS[cut], inputs, layout, True).sent == [cost.forward + cost.backward for cost in costs]
 
@@ -140,12 +95,12 @@ def test_bytes_sent_are_those_of_the_papers() -> None:
     """For bf16, and a length and heads that divide; see the head of `ring.py` and of `ulysses.py`."""
     length, heads, keys, width, ranks = 64, 8, 4, 16, 4
     shape = Shape(1, length, heads, keys, width, 2)
-    ulysses, ring = ExactCost(Cut(ulysses=ranks), 1, shape).of(), ExactCost(Cut(ring=ranks), 1, shape).of()
+    ulysses, ring = (ExactCost(cut, 1, shape, RING.cost).of() for cut in (Cut(ulysses=ranks), Cut(ring=ranks)))
     exchanged = (2 * heads + 2 * keys) * width * 2 * length * (ranks - 1) // ranks**2
     assert (ulysses.forward, ulysses.backward) == (exchanged, exchanged)
     passed = 2 * keys * width * 2 * length * (ranks - 1) // ranks
     assert (ring.forward, ring.backward) == (passed, passed + 2 * keys * width * 4 * length)
-    fewer = ExactCost(Cut(ulysses=ranks), 1, Shape(1, length, heads, 1, width, 2)).of()
+    fewer = ExactCost(Cut(ulysses=ranks), 1, Shape(1, length, heads, 1, width, 2), RING.cost).of()
     assert fewer.forward == (2 * heads + 2 * ranks) * width * 2 * length * (ranks - 1) // ranks**2
 
 
@@ -166,9 +121,9 @@ def test_kernels_compute_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> Non
         computed.append(q.shape[0] * (queries * (queries + 1) // 2 if causal else queries * keys))
         return attend(q, k, v, causal, scale)
 
-    monkeypatch.setattr("parallel.sequence.ring.attend", counting)
+    monkeypatch.setattr("parallel.sequence.blockwise.attend", counting)
     layout = Layout(CUTS["ring 3"], LENGTH, DOCUMENTS["packed"])
-    split(CUTS["ring 3"], tensors((2, 2), torch.float32), layout, True)
+    split(CUTS["ring 3"], tensors((2, 2), torch.float32, LENGTH), layout, True)
     assert sum(computed) == sum(layout.pairs(member) for member in range(3))
     borders = [(*starts, LENGTH) for starts in layout.documents]
     sizes = [end - begin for row in borders for begin, end in zip(row, row[1:], strict=False)]
@@ -195,7 +150,7 @@ def test_documents_begin_where_positions_do_not_go_on() -> None:
 def test_products_are_the_kernel(causal: bool, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs where no kernel of torch's takes the tensors, some rows at a time."""
     monkeypatch.setattr("parallel.sequence.kernels.SCORES_AT_ONCE", 2 * 4 * LENGTH * 5)
-    q, k, v, grad = tensors(heads, torch.float64)
+    q, k, v, grad = tensors(heads, torch.float64, LENGTH)
     for one, other in zip(attend_by_products(q, k, v, causal, 0.3), attend(q, k, v, causal, 0.3), strict=True):
         torch.testing.assert_close(one, other)
     given = grad, q, k, v, *attend(q, k, v, causal, 0.3), causal, 0.3
@@ -236,3 +191,14 @@ def test_the_kernels_of_a_gpu_are_the_products(
     given = grad, q, k, v, out, lse + 0.5, causal, 0.2
     for one, other in zip(attend_backward(*given), backward_by_products(*given), strict=True):
         assert (one - other).abs().max() < limit * other.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3e-2), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("cut", ["ulysses 4", "ring 3", "usp 2 x 2", "lightseq 3", "lightseq 4"])
+def test_split_attention_on_a_gpu_is_attention(cut: str, dtype: torch.dtype, limit: float) -> None:
+    """All ranks on one device, whose kernels are as coarse as they are."""
+    layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
+    inputs = tensors(HEADS["GQA 2"], dtype, LENGTH)
+    found, expected = split(CUTS[cut], [x.cuda() for x in inputs], layout, True), whole(inputs, layout, True)
+    assert furthest(Found(found.out.cpu(), [x.cpu() for x in found.gradients], found.sent), expected) < limit

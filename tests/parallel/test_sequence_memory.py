@@ -5,6 +5,7 @@ import torch
 
 from trainer.cli.plan import load
 from trainer.plan import Plan, planned_config, predict
+from trainer.plan_report import headline
 
 CPU = torch.device("cpu")
 LENGTH = 1024
@@ -26,13 +27,26 @@ def kept(found: Plan) -> int:
     return max(timeline.at(i)["activations"] for i in range(len(timeline)))
 
 
-@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+@pytest.mark.parametrize("kind", ["ulysses", "ring", "lightseq"])
 def test_activations_of_a_rank_are_its_share(kind: str) -> None:
     """Whole rows keep a mask between documents besides, which split ones do without."""
     alone = kept(plan(1, "activations.lean=true"))
     two, four = (kept(plan(ranks, "activations.lean=true", f"parallel.sequence={kind}")) for ranks in (2, 4))
     assert two < alone / 2
     assert abs(4 * four / (2 * two) - 1) < 0.1
+
+
+def test_what_attention_leaves_is_predicted_where_recomputed_blocks_hold_it() -> None:
+    """Of each block but the last, whose backward is when there is most: an output of 64 values and 8 sums a token."""
+    asked = "activations=recompute", "parallel.sequence=lightseq"
+    held, ran_again = kept(plan(4, *asked)), kept(plan(4, *asked, "activations.attention=recompute"))
+    assert held - ran_again == 3 * (64 + 8) * 4 * LENGTH // 4
+
+
+def test_a_plan_says_how_many_ranks_share_rows() -> None:
+    cfg = load([*MODEL, "parallel.sequence=lightseq", "parallel.sequence_degree=2", "train.global_batch=4"], 4)
+    said = headline(cfg, Plan(parameters=1, ranks=4, device="cpu", steps={})).plain
+    assert "a step of each 2 ranks that share rows: 2 micro-steps of 1 sequence of 1024" in said
 
 
 def test_a_step_is_predicted_with_what_is_sharded_and_recomputed() -> None:

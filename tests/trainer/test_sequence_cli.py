@@ -22,6 +22,7 @@ from trainer.run import run
         (4, ["parallel.sequence_degree=2"], "has no effect with parallel.sequence=none"),
         (4, ["parallel.sequence=ring", "parallel.sequence_degree=1"], "splits nothing; use 2 or more"),
         (4, ["parallel.sequence=ring", "parallel.ulysses_degree=2"], "or use parallel.sequence=usp"),
+        (4, ["parallel.sequence=lightseq", "parallel.ulysses_degree=2"], "or use parallel.sequence=usp"),
         (4, ["parallel.sequence=usp", "parallel.ulysses_degree=3"], "does not divide the 4 ranks"),
         (8, ["parallel.sequence=usp", "parallel.sequence_degree=4", "parallel.ulysses_degree=3"], "must divide"),
         (4, ["parallel.sequence=ring", "parallel.sequence_degree=2", "train.global_batch=9"], "x 2 ranks"),

@@ -63,14 +63,14 @@ def furthest_of_families(kinds: list[str]) -> dict[str, float]:
 
 
 def test_families_of_models_are_split_unchanged() -> None:
-    for found in on_ranks(2, furthest_of_families, ["ulysses", "ring"]):
+    for found in on_ranks(2, furthest_of_families, ["ulysses", "ring", "lightseq"]):
         assert {name: far for name, far in found.items() if far > 2e-4} == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_families_of_models_are_split_over_more_ranks(ranks: int) -> None:
-    for found in on_ranks(ranks, furthest_of_families, ["ulysses", "ring", "usp"]):
+    for found in on_ranks(ranks, furthest_of_families, ["ulysses", "ring", "usp", "lightseq"]):
         assert {name: far for name, far in found.items() if far > 2e-4} == {}
 
 
@@ -88,6 +88,7 @@ def test_attention_of_another_kind_is_named_and_refused(case: str, monkeypatch: 
     [
         (("parallel.sequence=ulysses",), 8, "use parallel.sequence_degree=2 or 4, or parallel.sequence=ring"),
         (("parallel.sequence=ring", "data.sequence_length=7"), 4, "use data.sequence_length=8 or more"),
+        (("parallel.sequence=lightseq", "data.sequence_length=7"), 8, "use data.sequence_length=8 or more"),
         (("parallel.sequence=usp", "parallel.ulysses_degree=8"), 8, "parallel.ulysses_degree=2 or 4"),
         (("parallel.sequence=ring", "model.attention=eager"), 2, "leave model.attention out"),
     ],

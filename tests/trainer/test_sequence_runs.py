@@ -9,10 +9,12 @@ import torch
 from parallel.collectives import sum_over_ranks
 from parallel.config import ParallelConfig
 from parallel.launch import World, connected
+from parallel.sequence.strategy import Exact
 from tests.ranks import on_ranks
 from tests.trainer.tiny import step_batch, trainable
 from trainer.cli.compose import load
 from trainer.data.batch import StepBatch
+from trainer.sequence import layer_shape, step_sends
 from trainer.step import train_step
 
 LENGTH = 31
@@ -26,7 +28,7 @@ HOST = "activations=host activations.min_bytes=256"
 QUICK = [
     (ADAMW, "parallel.sequence=ulysses parallel.zero=0 train.micro_batch=4"),
     (GALORE, f"parallel.sequence=ring parallel.zero=3 {HOST}"),
-    (ADAMW, "parallel.sequence=ring parallel.zero=0 activations=recompute"),
+    (ADAMW, "parallel.sequence=lightseq parallel.zero=0 activations=recompute"),
 ]
 """For two ranks."""
 FOUR = [
@@ -35,7 +37,11 @@ FOUR = [
     (ADAMW, f"parallel.sequence=ring parallel.sequence_degree=2 parallel.zero=3 {HOST}"),
     (ADAMW, "parallel.sequence=ring parallel.sequence_degree=2 parallel.zero=2 parallel.replicas=2"),
     (GALORE, "parallel.sequence=ulysses parallel.sequence_degree=2 parallel.zero=0"),
-    (GALORE, "parallel.sequence=ring parallel.zero=1"),
+    (GALORE, "parallel.sequence=ring parallel.zero=1 activations=recompute"),
+    (ADAMW, f"parallel.sequence=lightseq parallel.zero=0 {HOST}"),
+    (GALORE, "parallel.sequence=lightseq parallel.zero=3 activations=recompute"),
+    (ADAMW, "parallel.sequence=lightseq parallel.sequence_degree=2 parallel.zero=2"),
+    (GALORE, "parallel.sequence=lightseq optim.in_backward=true train.clip_by=parameter activations=selective"),
     (ADAMW, "parallel.sequence=ulysses parallel.zero=3"),
     (ADAMW, "parallel.sequence=ring optim.in_backward=true train.clip_by=parameter"),
     (GALORE, "parallel.sequence=ring optim.in_backward=true train.clip_by=parameter parallel.zero=3"),
@@ -94,6 +100,58 @@ def check(cases: list[tuple[str, str]], ranks: int) -> None:
 
 def test_two_ranks_that_share_rows_train_as_one_process() -> None:
     check(QUICK, 2)
+
+
+KEEPING = {
+    "keep": ("lightseq", "activations=keep", 1),
+    "the default of lightseq": ("lightseq", "activations=recompute", 1),
+    "from the host": ("lightseq", "activations=recompute_host activations.min_bytes=256", 1),
+    "selective": ("lightseq", "activations=selective", 1),
+    "not kept": ("lightseq", "activations=recompute activations.attention=recompute", 2),
+    "the default of others": ("ring", "activations=recompute", 2),
+    "a ring's": ("ring", "activations=recompute activations.attention=keep", 1),
+    "by a rule": ("ring", "activations=recompute activations.rules=['scaled_dot_product_attention()->keep']", 1),
+    "ulysses'": ("ulysses", "activations=recompute activations.attention=keep", 1),
+}
+"""How rows are split, what blocks do, and how often a layer's attention is computed for a micro-batch."""
+
+
+def counted(world: World, kind: str, asked: str) -> tuple[int, int, int, list[float]]:
+    """Of a step: attentions computed, bytes sent, bytes told, and numbers that show any bit of its gradients."""
+    overrides = [*COMMON, "optim=sgd", f"parallel.sequence={kind}", *asked.split()]
+    world = replace(world, sequence_degree=world.process_count)
+    built = trainable(world, overrides)
+    strategy, computed = built.strategy, []
+    assert isinstance(strategy, Exact)
+
+    def counting(*args: Any) -> Any:
+        computed.append(1)
+        return strategy.method.forward(*args)
+
+    method = strategy.method._replace(forward=counting)
+    built = replace(built, strategy=replace(strategy, method=method))
+    stepped = train_step(built, step_batch(world, 2, 4, 0, length=LENGTH), 0, 0)
+    told = step_sends(
+        built.cfg, world, built.model.config, strategy.cost(layer_shape(built.cfg, world, built.model.config))
+    )  # type: ignore[arg-type]
+    sent = strategy.inner.sent + strategy.outer.sent
+    return len(computed), sent, told, [stepped.loss.item(), *(p.sum().item() for p in built.model.parameters())]
+
+
+def count_all() -> dict[str, tuple[int, int, int, list[float]]]:
+    with connected(ParallelConfig(), "cpu", threads=1) as world:
+        return {name: counted(world, kind, asked) for name, (kind, asked, _) in KEEPING.items()}
+
+
+def test_attention_is_computed_and_sent_once_where_it_is_kept_to_the_same_bits() -> None:
+    layers, micros = 2, 2
+    for found in on_ranks(2, count_all):
+        for name, (kind, _, times) in KEEPING.items():
+            computed, sent, told, numbers = found[name]
+            assert computed == times * layers * micros, name
+            assert sent == told, name
+            if kind == "lightseq":
+                assert numbers == found["keep"][3], name
 
 
 @pytest.mark.slow

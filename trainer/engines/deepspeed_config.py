@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from offload.config import Fate
-from parallel.config import EngineName
+from parallel.config import EngineName, SequenceKind
 
 if TYPE_CHECKING:
     from trainer.schema import Config
@@ -177,9 +177,12 @@ def run_problems(cfg: "Config") -> list[str]:
         found.append(
             f"parallel.replicas={cfg.parallel.replicas}: {engine} cuts over all ranks; use parallel.replicas=1"
         )
-    if cfg.activations.fate is Fate.selective and cfg.parallel.zero == 3:
+    whole_rows = cfg.parallel.sequence is SequenceKind.none  # shared ones keep attention without torch's selection
+    selects = cfg.activations.fate is Fate.selective or (cfg.activations.attention is Fate.keep and whole_rows)
+    if selects and cfg.parallel.zero == 3:
+        asked = "=selective" if cfg.activations.fate is Fate.selective else ".attention=keep"
         found.append(
-            "activations=selective with parallel.zero=3: DeepSpeed gathers and frees weights between the operators of "
+            f"activations{asked} with parallel.zero=3: DeepSpeed gathers and frees weights between the operators of "
             "a block, which a recomputation of some of them alone cannot repeat; use activations=recompute, or "
             "parallel.engine=torch"
         )
