@@ -27,6 +27,7 @@ class SequenceKind(Enum):
     ulysses = "ulysses"
     ring = "ring"
     usp = "usp"
+    lasp2 = "lasp2"
 
 
 @dataclass(kw_only=True)
@@ -47,7 +48,9 @@ class ParallelConfig:
     sequence: SequenceKind = SequenceKind.none
     """How the tokens of a row are split over ranks (any transformers model; exact). none: every rank has whole rows.
     ulysses: an all-to-all gives each rank all tokens of some heads. ring: keys and values go round, which overlaps with
-    computing; any number of heads. usp: ulysses among neighbours, a ring over those."""
+    computing; any number of heads. usp: ulysses among neighbours, a ring over those. lasp2: for models with linear
+    attention, whose states are gathered once a layer, however long the row; layers that attend by softmax gather keys
+    and values. Linear layers hand on states under any of these."""
     sequence_degree: int | None = None
     """Ranks that share each row; their number times the ranks that read different rows is that of all. Default: all
     ranks share every row. What parallel.zero cuts, it cuts over all of them."""
@@ -87,7 +90,7 @@ class ParallelConfig:
         if degree is not None and kind is SequenceKind.none:
             found.append(
                 f"parallel.sequence_degree={degree}: has no effect with parallel.sequence=none; leave it out, or use "
-                "parallel.sequence=ulysses, ring or usp"
+                "parallel.sequence=ulysses, ring, usp or lasp2"
             )
         elif degree is not None and degree < 2:
             found.append(f"parallel.sequence_degree={degree}: splits nothing; use 2 or more, or parallel.sequence=none")

@@ -58,6 +58,17 @@ class ThreadLinks:
         assert [x.numel() for x in found] == list(lengths)
         return found
 
+    def all_gather(self, tensor: Tensor) -> Pending:
+        for to in range(self.count):
+            self.wire.queues[self.index, to].put([tensor.detach().clone()])
+        self.sent += (self.count - 1) * tensor.nbytes
+        came = [self.wire.queues[source, self.index].get(timeout=20)[0] for source in range(self.count)]
+        return Pending([torch.stack(came)])
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        flat = self.all_to_all([part.flatten() for part in parts], [parts[0].numel()] * self.count)
+        return torch.stack(flat).sum(0).view(parts.shape[1:])
+
 
 def on_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
     """Return what function(rank) returns for each rank, all running at once."""

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from parallel.sequence.cost import ExactCost, Shape
+from parallel.sequence.gathered import Gathered
 from parallel.sequence.kernels import attend, attend_backward, attend_by_products, backward_by_products, kernel_for
 from parallel.sequence.layout import Cut, Layout, document_starts
 from parallel.sequence.ring import merge_
-from parallel.sequence.strategy import Exact
+from parallel.sequence.strategy import Exact, Strategy
 from tests.parallel.simulated import ThreadLinks, Wire, dense, on_threads
 
 CUTS = {
@@ -22,6 +23,9 @@ CUTS = {
     "ring 3": Cut(ring=3),
     "ring 4": Cut(ring=4),
     "usp 2 x 2": Cut(ring=2, ulysses=2),
+    "gathered 2": Cut(ring=2, zigzag=False),
+    "gathered 3": Cut(ring=3, zigzag=False),
+    "gathered 4": Cut(ring=4, zigzag=False),
 }
 HEADS = {"MHA": (8, 8), "GQA 2": (8, 4), "GQA 8": (8, 1), "uneven": (6, 2), "odd share": (9, 3)}
 DOCUMENTS = {
@@ -40,14 +44,23 @@ class Found:
     sent: list[int]
 
 
-def members(cut: Cut) -> list[Exact]:
+def members(cut: Cut) -> list[Strategy]:
     """A strategy for each rank, connected to the others."""
+    if not cut.zigzag:
+        wire = Wire(cut.ring)
+        return [Gathered(cut, rank, ThreadLinks(wire, rank)) for rank in range(cut.ring)]
     inner, outer = [Wire(cut.ulysses) for _ in range(cut.ring)], [Wire(cut.ring) for _ in range(cut.ulysses)]
     return [
         Exact(cut, rank, ThreadLinks(inner[rank // cut.ulysses], rank % cut.ulysses),
               ThreadLinks(outer[rank % cut.ulysses], rank // cut.ulysses))
         for rank in range(cut.degree)
     ]  # fmt: skip
+
+
+def sent_by(strategy: Strategy) -> int:
+    """Bytes so far."""
+    links = [strategy.links] if isinstance(strategy, Gathered) else [strategy.inner, strategy.outer]  # type: ignore[attr-defined]
+    return sum(each.sent for each in links)
 
 
 def tensors(heads: tuple[int, int], dtype: torch.dtype, length: int = LENGTH, batch: int = 2) -> list[Tensor]:
@@ -69,7 +82,7 @@ def split(cut: Cut, inputs: list[Tensor], layout: Layout, causal: bool) -> Found
 
     found = on_threads(cut.degree, run)
     whole = [layout.put([part[i].transpose(1, 2) for part in found]).transpose(1, 2) for i in range(4)]
-    return Found(whole[0], whole[1:], [each.inner.sent + each.outer.sent for each in strategies])
+    return Found(whole[0], whole[1:], [sent_by(each) for each in strategies])
 
 
 def whole(inputs: list[Tensor], layout: Layout, causal: bool) -> Found:
@@ -92,6 +105,8 @@ SMALLEST = [
     ("ring 3", "GQA 2", "packed", True),
     ("ring 2", "MHA", "one document", False),
     ("usp 2 x 2", "odd share", "packed", True),
+    ("gathered 3", "GQA 2", "packed", True),
+    ("gathered 2", "GQA 8", "packed", False),
 ]
 """The quick suite's; the slow one takes all."""
 
@@ -113,7 +128,7 @@ def test_split_attention_is_attention_in_every_case(cut: str, heads: str, docume
     test_split_attention_is_attention(cut, heads, documents, causal)
 
 
-@pytest.mark.parametrize("cut", ["ulysses 3", "ring 3", "usp 2 x 2"])
+@pytest.mark.parametrize("cut", ["ulysses 3", "ring 3", "usp 2 x 2", "gathered 3"])
 def test_a_changed_document_leaves_the_others_bit_equal(cut: str) -> None:
     layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
     inputs = tensors((6, 2), torch.float32)

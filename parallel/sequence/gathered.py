@@ -1,0 +1,136 @@
+"""Softmax attention by gathered keys and values: what LASP-2 does in the other layers of a hybrid model (LASP-2H).
+
+Rows lie in order over the ranks. Each gathers all keys and values in one call, and its queries attend to those that
+they see: of a document that began before, everything up to here as one rectangle and its own tokens as a triangle.
+Backward gathers them once more, and the ranks' parts of dk and dv are summed and scattered in one call, in fp32. Sent
+by a rank of P that holds s tokens at most, for n_kv key heads of width d and b bytes a value:
+
+    forward    2 n_kv d b s (P - 1)         backward    the same, and 2 n_kv d 4 s (P - 1) for dk and dv
+
+As much as a ring sends, without the turns; held while it runs are all keys and values of the row. The later a rank's
+tokens, the more they see: causal work is uneven. Papers: Sun et al. 2025, arXiv:2502.07563, algorithm 7; Llama team
+2024, arXiv:2407.21783, section 3.3.2.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from parallel.sequence.cost import Cost, Shape
+from parallel.sequence.layout import Cut, Layout, Tile, alike
+from parallel.sequence.links import Connection
+from parallel.sequence.ring import see, see_backward
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Strategy for the softmax layers."""
+
+    cut: Cut
+    """Of ranks that hold a piece of each row, in its order."""
+    index: int
+    links: Connection
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float) -> Tensor:
+        return GatheredAttention.apply(q, k, v, layout, self.links, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+
+    def cost(self, shape: Shape) -> Cost:
+        values = 2 * shape.key_heads * shape.width * shape.batch
+        tokens = len(self.cut.of_rank(shape.length, self.index)[0])
+        sent, ranks = values * longest(self.cut, shape.length), self.cut.degree
+        whole = values * shape.length
+        scores = shape.heads * shape.width * tokens * shape.batch
+        return Cost(
+            forward=(ranks - 1) * sent * shape.value_bytes,
+            backward=(ranks - 1) * sent * (shape.value_bytes + shape.wide_bytes),
+            kept=shape.whole_kept * tokens // shape.length,
+            working=(ranks * sent + whole) * shape.value_bytes
+            + max(scores, whole + ranks * sent + scores) * shape.wide_bytes,
+        )
+
+
+def longest(cut: Cut, length: int) -> int:
+    """Tokens of the longest piece."""
+    return max(len(places) for rank in range(cut.degree) for places in cut.of_rank(length, rank))
+
+
+def tiles(layout: Layout, rank: int, causal: bool) -> list[Tile]:
+    """What queries of `rank` see of keys that lie in the order of the row."""
+    (held,) = layout.cut.of_rank(layout.length, rank)
+    found = []
+    for rows, starts in alike(layout.documents):
+        for begin, end in zip(starts, (*starts[1:], layout.length), strict=True):
+            low, high = max(begin, held.start), min(end, held.stop)
+            if low >= high:
+                continue
+            q = slice(low - held.start, high - held.start)
+            if not causal:
+                found.append(Tile(rows, q, slice(begin, end), False))
+                continue
+            if begin < low:
+                found.append(Tile(rows, q, slice(begin, low), False))
+            found.append(Tile(rows, q, slice(low, high), True))
+    return found
+
+
+def gather(k: Tensor, v: Tensor, layout: Layout, links: Connection) -> tuple[Tensor, Tensor]:
+    """Keys and values of whole rows, from those of this rank."""
+    most = longest(layout.cut, layout.length)
+    flat = torch.cat([pad(x, (0, 0, 0, most - x.shape[2])).flatten() for x in (k, v)])
+    (came,) = links.all_gather(flat).wait()
+    parts = torch.split(came, [k[:, :, :1].numel() * most, v[:, :, :1].numel() * most], dim=1)
+    return tuple(  # type: ignore[return-value]
+        torch.cat(
+            [part[rank].view(*x.shape[:2], most, -1)[:, :, : layout.held(rank)] for rank in range(links.count)], 2
+        )
+        for part, x in zip(parts, (k, v), strict=True)
+    )
+
+
+def scatter(dk: Tensor, dv: Tensor, layout: Layout, links: Connection) -> tuple[Tensor, Tensor]:
+    """This rank's keys' and values' gradients, summed over what all ranks found for whole rows."""
+    most = longest(layout.cut, layout.length)
+    held = [layout.held(rank) for rank in range(links.count)]
+    parts = [torch.split(x, held, dim=2) for x in (dk, dv)]
+    sent = torch.stack([
+        torch.cat([pad(part[rank], (0, 0, 0, most - held[rank])).flatten() for part in parts])
+        for rank in range(links.count)
+    ])  # fmt: skip
+    sizes = [x[:, :, :1].numel() * most for x in (dk, dv)]
+    summed = torch.split(links.reduce_scatter(sent), sizes)
+    return tuple(  # type: ignore[return-value]
+        x.view(*like.shape[:2], most, -1)[:, :, : held[links.index]] for x, like in zip(summed, (dk, dv), strict=True)
+    )
+
+
+class GatheredAttention(torch.autograd.Function):
+    """Exact attention of this rank's queries over all tokens of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, links: Connection, causal: bool, scale: float
+    ) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        # Tokens outermost in memory, as the next layer takes them: what is saved here is then saved once.
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1], dtype=wide).transpose(1, 2)
+        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=wide)
+        see(q, *gather(k, v, layout, links), tiles(layout, links.index, causal), out, lse, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = layout, links, causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, links, causal, scale = ctx.rest
+        keys, values = gather(k, v, layout, links)
+        dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, keys, values))
+        see_backward(grad, q, keys, values, out, lse, tiles(layout, links.index, causal), dq, dk, dv, scale)
+        dk, dv = scatter(dk, dv, layout, links)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
