@@ -39,7 +39,7 @@ from trainer.errors import UserError
 from trainer.gate import Gate
 from trainer.loss.head import HeadLoss
 from trainer.memory import MemoryMeter
-from trainer.model import build_model, check_length, check_vocabulary, model_config
+from trainer.model import build_model, check_length, check_vocabulary, linear_remarks, model_config
 from trainer.precision import autocast, int8_matrices, is_mixed, rounding, settled, use_float8_of
 from trainer.schema import Config
 from trainer.sequence import check_split, split_rows, whole_rows
@@ -154,7 +154,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         UserError: model and options do not fit each other.
     """
     strategy = split_rows(cfg, world, model)
-    remarks = use_float8_of(cfg.precision, model)
+    remarks = [*use_float8_of(cfg.precision, model), *linear_remarks(model, world.device)]
     activations = manage_activations(cfg.activations, world, model)
     loss = HeadLoss(model, cfg.loss)
     with_engine = with_torch if cfg.parallel.engine is EngineName.torch else with_library

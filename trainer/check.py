@@ -18,7 +18,7 @@ from trainer.check_offload import gradients_problems, host_problems, states_prob
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.loss.config import LossConfig, LossKind
-from trainer.schema import Attention, Config, Device, Dtype
+from trainer.schema import Attention, Config, Device, Dtype, LinearKind
 from trainer.track import track_problems
 
 
@@ -142,7 +142,18 @@ def sequence_problems(cfg: Config, ranks: int) -> list[str]:
         ]
     if inner is not None and degree % inner:
         return [f"parallel.ulysses_degree={inner}: does not divide the {degree} ranks that share a row; leave it out"]
+    if parallel.sequence is SequenceKind.lasp2 and not is_read(cfg.model) and cfg.model.linear is LinearKind.none:
+        return [no_states(f"model={cfg.model.name}")]
     return []
+
+
+def no_states(model: str) -> str:
+    """What to say of LASP-2 where there is nothing for it to do."""
+    return (
+        f"parallel.sequence=lasp2: hands on the states of linear attention, and {model} has none; use "
+        "parallel.sequence=ring, which sends as much for softmax attention and computes meanwhile, or a model with "
+        "linear layers (model=llama_linear_tiny)"
+    )
 
 
 def shard_problems(cfg: Config, ranks: int) -> list[str]:

@@ -8,6 +8,8 @@ that they get anyway.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -18,13 +20,13 @@ from offload.config import Fate
 from parallel.collectives import any_rank
 from parallel.config import SequenceKind
 from parallel.launch import World
-from parallel.sequence.cost import Shape
+from parallel.sequence.cost import Cost, Decay, Shape, StateCost
 from parallel.sequence.group import make_strategy
 from parallel.sequence.interface import NAME, Share, Unsupported, register
 from parallel.sequence.layout import Layout, document_starts
-from parallel.sequence.strategy import Strategy
+from parallel.sequence.strategy import Strategy, WithStates
 from parallel.shard import reshard
-from trainer.check_sequence import check_attention, heads_of
+from trainer.check_sequence import check_attention, heads_of, linear_layers
 from trainer.data.batch import Batch
 from trainer.errors import UserError
 from trainer.memory import format_bytes
@@ -46,7 +48,8 @@ def split_rows(cfg: Config, world: World, model: nn.Module) -> Strategy | None:
         return None
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     heads, key_heads = check_attention(cfg, config, world.process_count)
-    strategy = make_strategy(world, cfg.parallel, heads=heads, key_heads=key_heads)
+    linear = linear_layers(config) > 0
+    strategy = make_strategy(world, cfg.parallel, heads=heads, key_heads=key_heads, linear=linear)
     register()
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     return strategy
@@ -135,16 +138,54 @@ def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConf
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     micro = min(train.micro_batch, train.global_batch // world.data_count)
     shape = Shape(micro, length, heads, key_heads, width, value_bytes)
-    cost, layers = strategy.cost(shape), int(text.num_hidden_layers)
+    layers = layers_of(text, strategy, shape)
     forwards = 2 if cfg.activations.fate in (Fate.recompute, Fate.selective) else 1
     micro_steps = train.global_batch // world.data_count // micro
-    step = (forwards * cost.forward + cost.backward) * layers * micro_steps
+    step = sum(each.count * (forwards * each.cost.forward + each.cost.backward) for each in layers) * micro_steps
     how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(cfg.parallel.sequence, "")
     held = sum(map(len, cut.of_rank(length, strategy.index)))
-    sent = f"{format_bytes(cost.forward)} forward and {format_bytes(cost.backward)} backward"
-    kept = f"{format_bytes(cost.kept)} for backward (whole rows: {format_bytes(shape.whole_kept)})"
+    costs = "".join(f"; {each.text}" for each in layers)
     return (
         f"parallel.sequence={cfg.parallel.sequence.value}: {cut.degree} ranks share each row{how}, {held:,} of "
-        f"{length:,} tokens here; a layer sends {sent} a micro-batch, {format_bytes(step)} a step in all; its "
-        f"attention keeps {kept} and holds {format_bytes(cost.working)} more while it runs"
+        f"{length:,} tokens here{costs}; sent in all: {format_bytes(step)} a step"
     )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers whose attention costs the same."""
+
+    name: str
+    count: int
+    cost: Cost
+    whole_kept: int
+
+    @property
+    def text(self) -> str:
+        cost = self.cost
+        sent = f"{format_bytes(cost.forward)} forward and {format_bytes(cost.backward)} backward"
+        kept = f"{format_bytes(cost.kept)} for backward (whole rows: {format_bytes(self.whole_kept)})"
+        return (
+            f"a {self.name} sends {sent} a micro-batch; its attention keeps {kept} and holds "
+            f"{format_bytes(cost.working)} more while it runs"
+        )
+
+
+def layers_of(config: Any, strategy: Strategy, shape: Shape) -> list[Layers]:
+    """A model's layers by what their attention costs."""
+    linear = linear_layers(config)
+    softmax = int(config.num_hidden_layers) - linear
+    found = []
+    if isinstance(strategy, WithStates):
+        decay = decay_of(config)
+        whole = StateCost(strategy.cut, 0, shape, decay).kept_of(shape.length)
+        found.append(Layers("layer of linear attention", linear, strategy.state_cost(shape, decay), whole))
+    if softmax:
+        found.append(Layers("layer", softmax, strategy.cost(shape), shape.whole_kept))
+    return found
+
+
+def decay_of(config: Any) -> Decay:
+    """What a linear layer's decays depend on."""
+    of_tokens = {"basic": Decay.none, "gated": Decay.of_tokens}
+    return of_tokens.get(config.linear_attention, Decay.of_heads)
