@@ -113,7 +113,8 @@ class ExactCost:
 
 @dataclass(frozen=True)
 class StateCost:
-    """Linear attention by gathered states (`states`), on one rank. What is sent does not depend on the length."""
+    """Linear attention by gathered states (`states`), on one rank. What is sent does not depend on the length; what is
+    held while it runs is told to about a quarter."""
 
     cut: Cut
     rank: int

@@ -45,7 +45,7 @@ def furthest_of_families(kinds: list[str]) -> dict[str, float]:
     found = {}
     with connected(ParallelConfig(), "cpu", threads=1) as alone:
         for kind in kinds:
-            cfg = config(f"parallel.sequence={kind}")
+            cfg = config(f"parallel.sequence={kind}", *(["model.linear=basic"] if kind == "lasp2" else []))
             world = replace(alone, sequence_degree=alone.process_count)
             for family in LINEAR if kind == "lasp2" else SPLIT:
                 name, options = SPLIT[family]
