@@ -142,10 +142,11 @@ class LinearLlamaAttention(nn.Module):
         if past_key_values is None:
             out = linear_attention(q, k, v, positions, causal=self.is_causal, sequence=sequence, **options)
         else:
-            state = past_key_values.get_recurrent_state(self.layer_idx)
-            out, state = linear_attention_step(q, k, v, positions, state, **options)
-            past_key_values.update_recurrent_state(state, self.layer_idx)
-            past_key_values.layers[self.layer_idx].has_previous_state[0] = True
+            held = past_key_values.layers[self.layer_idx]
+            before = held.recurrent_states[0] if held.has_previous_state[0] else None
+            out, state = linear_attention_step(q, k, v, positions, before, **options)
+            held.update_recurrent_state(state)
+            held.has_previous_state[0] = True
         out = self.norm(out.transpose(1, 2)).flatten(2)
         return self.o_proj(out), None
 

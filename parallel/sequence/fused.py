@@ -55,9 +55,9 @@ def by_fla(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
 
     how: dict[str, Tensor] = {}
     if decay is not None and decay.dim() == 1:
-        how["g_gamma"] = decay.detach().float().repeat_interleave(share)
+        how["g_gamma"] = decay.float().repeat_interleave(share)
     elif decay is not None:
-        how["g"] = laid(decay.detach().float())
+        how["g"] = laid(decay.float())
     out = compute(laid(q), laid(k), laid(v), scale=1.0, cu_seqlens=borders_of(spans), **how)[0]
     found: Tensor = torch.unflatten(out[0], 0, spans.positions.shape).transpose(1, 2)
     return found

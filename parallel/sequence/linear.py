@@ -5,6 +5,7 @@ takes them, its kernels compute what is within rows (`parallel/sequence/fused.py
 along; it needs torch, and the files it imports.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -80,13 +81,9 @@ class LinearAttention(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, positions, decay = ctx.saved_tensors
-        spans = spans_of(positions, decay)
-        dq, dk, dv = within_backward(grad, q, k, v, spans, ctx.causal)
-        d_decay = None
-        if decay is not None and ctx.needs_input_grad[4]:
-            begins = torch.ones(len(q), dtype=torch.bool, device=q.device)
-            d_decay = decay_gradient(log_gradient(q, dq, k, dk), spans.document, begins).to(decay.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, d_decay, None
+        found = within_backward(grad, q, k, v, spans_of(positions, decay), ctx.causal, ctx.needs_input_grad[4])
+        gradients = narrowed(found, (q, k, v, decay))
+        return *gradients[:3], None, gradients[3], None
 
 
 def within(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool) -> Tensor:
@@ -96,15 +93,31 @@ def within(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool) -> Tenso
     return kernel(q, k, v, spans) if kernel else attend(q, k, v, spans, causal)
 
 
-def within_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v. A kernel runs its forward again, and keeps nothing in between."""
+def within_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, of_decay: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k and v, and `of_decay` where tokens have one. A kernel runs its forward again, and keeps nothing
+    in between."""
     kernel = kernel_for(q, k, v, causal)
     if kernel is None:
-        return attend_backward(grad, q, k, v, spans, causal)
+        dq, dk, dv = attend_backward(grad, q, k, v, spans, causal)
+        if not of_decay:
+            return dq, dk, dv, None
+        begins = torch.ones(len(q), dtype=torch.bool, device=q.device)
+        return dq, dk, dv, decay_gradient(log_gradient(q, dq, k, dk), spans.document, begins)
     with torch.enable_grad():
+        decay = spans.decay.detach().requires_grad_(of_decay) if spans.decay is not None else None
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = kernel(inputs[0], inputs[1], inputs[2], spans)
-    return torch.autograd.grad(out, inputs, grad.to(out.dtype))
+        out = kernel(inputs[0], inputs[1], inputs[2], spans._replace(decay=decay))
+        wanted = [*inputs, decay] if of_decay and decay is not None else inputs
+    dq, dk, dv, *rest = torch.autograd.grad(out, wanted, grad.to(out.dtype))
+    return dq, dk, dv, rest[0] if rest else None
+
+
+def narrowed(gradients: Sequence[Tensor | None], of: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the dtype of what they are of."""
+    pairs = zip(gradients, of, strict=True)
+    return [None if gradient is None or x is None else gradient.to(x.dtype) for gradient, x in pairs]
 
 
 def log_gradient(q: Tensor, dq: Tensor, k: Tensor, dk: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Paper: Sun et al. 2025, arXiv:2502.07563, algorithms 1 to 4.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from parallel.sequence.linear import (
     decay_gradient,
     edges_of,
     log_gradient,
+    narrowed,
     put_in,
     read_out,
     within,
@@ -184,25 +185,25 @@ class SharedLinearAttention(torch.autograd.Function):
         layout, rank, links, causal = ctx.rest
         own = Own(layout, rank, positions, decay, causal, through.dtype)
         coming = links.all_gather(own.packed(q, grad, own.take, k.shape[1]))
+        of_decay = ctx.needs_input_grad[4]
         found = [
-            within_backward(grad[:, :, at], q[:, :, at], k[:, :, at], v[:, :, at], spans, causal)
+            within_backward(grad[:, :, at], q[:, :, at], k[:, :, at], v[:, :, at], spans, causal, of_decay)
             for at, spans in zip(own.at, own.spans, strict=True)
         ]
         later = own.arrived(coming.wait()[0], through, backward=True)
-        ends = [torch.zeros_like(through[..., 0]) for _ in found]
         for (p, from_end), state, asked in zip(own.each(), came, later, strict=True):
-            at, (dq, dk, dv) = own.at[p], found[p]
+            at, (dq, dk, dv, d_decay) = own.at[p], found[p]
             given = read_out(v[:, :, at], asked.transpose(-1, -2), own.give(p, from_end))
-            passed = through[..., own.mine[p]] * (state * asked).sum((2, 3))
-            ends[p] = ends[p] + (k[:, :, at] * given).sum((2, 3)) + passed
-            dq = dq + read_out(grad[:, :, at], state.transpose(-1, -2), own.take(p, from_end))
-            found[p] = dq, dk + given, dv + read_out(k[:, :, at], asked, own.give(p, from_end))
-        d_decay = None
-        if decay is not None and ctx.needs_input_grad[4]:
-            d_decay = torch.cat([of_decay(own, p, q, k, found[p], ends[p]) for p in range(len(found))], dim=2)
-            d_decay = d_decay.to(decay.dtype)
-        dq, dk, dv = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, d_decay, None, None, None, None
+            taken = read_out(grad[:, :, at], state.transpose(-1, -2), own.take(p, from_end))
+            if d_decay is not None:
+                passed = through[..., own.mine[p]] * (state * asked).sum((2, 3))
+                d_log = log_gradient(q[:, :, at], taken, k[:, :, at], given)
+                d_log[..., -1] += (k[:, :, at] * given).sum((2, 3)) + passed  # of the piece's end
+                d_decay = d_decay + decay_gradient(d_log, own.spans[p].document, own.begins[p])
+            found[p] = dq + taken, dk + given, dv + read_out(k[:, :, at], asked, own.give(p, from_end)), d_decay
+        parts = [torch.cat(x, dim=2) if x[0] is not None else None for x in zip(*found, strict=True)]
+        gradients = narrowed(parts, (q, k, v, decay))
+        return *gradients[:3], None, gradients[3], None, None, None, None
 
 
 def own_products(own: Own) -> Tensor:
@@ -224,17 +225,6 @@ def known_through(layout: Layout, decay: Tensor | None, like: Tensor) -> Tensor:
     lengths = [len(piece.places) for piece in pieces_of(layout.cut, layout.length)]
     log = decay.double()[:, None] * torch.tensor(lengths, device=like.device)
     return log.exp().to(like.dtype) * one
-
-
-def of_decay(own: Own, p: int, q: Tensor, k: Tensor, found: Sequence[Tensor], end: Tensor) -> Tensor:
-    """Gradient of the decays of a piece's tokens.
-
-    Args:
-        end: (batch, key heads) of the sum of logarithms up to the piece's end, with which states leave it.
-    """
-    d_log = log_gradient(q[:, :, own.at[p]], found[0], k[:, :, own.at[p]], found[1])
-    d_log[..., -1] += end
-    return decay_gradient(d_log, own.spans[p].document, own.begins[p])
 
 
 def shared_linear_attention(
