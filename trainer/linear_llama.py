@@ -1,19 +1,23 @@
 """A LLaMA whose attention is linear, in all layers or in all but every N-th: a model of transformers' own kind.
 
 Norms, MLP, rotary embedding, cache and softmax layers are transformers' LLaMA. A linear layer has the same four
-matrices; with a feature map phi, each head carries a state of width x width along a document and reads it:
+matrices; with features phi(x) = elu(x) + 1 (Katharopoulos et al. 2020, arXiv:2006.16236), each key head carries a state
+of width x width along a document, which the heads that share it read:
 
     S_i = a_i S_(i-1) + phi(k_i)^T v_i,       o_i = norm(phi(q_i) S_i)
 
 rotated after phi (RoFormer, arXiv:2104.09864, section 3.3) and with an RMSNorm of each head in place of a denominator
-(Qin et al. 2022, arXiv:2210.10340). Kinds, by the names of LASP-2's table (arXiv:2502.07563):
+(Qin et al. 2022, arXiv:2210.10340). Features are positive whatever the kind: of signed ones, as some of the papers
+have, what a document's first token reads of itself may be next to nothing, which the norm blows up (gradients of a new
+model in bf16 were 1e-2 to 1e-1 off, and are 1e-3 as softmax's). Kinds differ in a, by the names of LASP-2's table
+(arXiv:2502.07563):
 
-| kind | phi | a |
-|---|---|---|
-| basic | elu + 1 | 1: Katharopoulos et al. 2020, arXiv:2006.16236 |
-| lightning | silu | exp(-2^(-8 h / n) (1 - l / L)) of head h = 1..n, layer l of L: Qin et al. 2024, arXiv:2401.04658 |
-| retention | - | 1 - 2^(-5 - h) of head h = 0..n-1: Sun et al. 2023, arXiv:2307.08621 |
-| gated | silu | sigmoid(x W + b)^(1/16) of each token and head: Yang et al. 2024, arXiv:2312.06635, a head at a time |
+| kind | a |
+|---|---|
+| basic | 1 |
+| lightning | exp(-2^(-8 h / n) (1 - l / L)) of head h = 1..n, layer l of L: Qin et al. 2024, arXiv:2401.04658 |
+| retention | 1 - 2^(-5 - h) of head h = 0..n-1: Sun et al. 2023, arXiv:2307.08621 |
+| gated | sigmoid(x W + b)^(1/16) of each token and head: Yang et al. 2024, arXiv:2312.06635, a head at a time |
 
 An exported model takes this file along, so that others can open it with trust_remote_code=True; it imports torch,
 transformers and `linear_attention` alone.
@@ -24,7 +28,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn.functional import elu, linear, logsigmoid, silu
+from torch.nn.functional import elu, linear, logsigmoid
 from transformers import initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -133,7 +137,7 @@ class LinearLlamaAttention(nn.Module):
         q, k, v = (
             project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary_pos_emb(self.features(q), self.features(k), *position_embeddings)
+        q, k = apply_rotary_pos_emb(elu(q) + 1, elu(k) + 1, *position_embeddings)
         if attention_mask is not None:
             v = v * attention_mask[:, None, :, None].to(v.dtype)
         assert position_ids is not None, "the model makes them where nobody gives any"
@@ -149,11 +153,6 @@ class LinearLlamaAttention(nn.Module):
             held.has_previous_state[0] = True
         out = self.norm(out.transpose(1, 2)).flatten(2)
         return self.o_proj(out), None
-
-    def features(self, x: Tensor) -> Tensor:
-        if self.kind == "basic":
-            return elu(x) + 1
-        return x if self.kind == "retention" else silu(x)
 
     def decay(self, hidden_states: Tensor) -> Tensor | None:
         """Logarithms of decays, of key heads, or of tokens too (batch, key heads, tokens)."""

@@ -48,7 +48,7 @@ class Attention(Enum):
 
 
 class LinearKind(Enum):
-    """What the state of a linear attention layer is made of, and how it fades."""
+    """How the state of a linear attention layer fades."""
 
     none = "none"
     basic = "basic"
@@ -164,8 +164,8 @@ class ModelConfig:
     """Attention dropout."""
     linear: LinearKind = LinearKind.none
     """Linear attention in place of softmax, of a model from scratch: a state of a fixed size, however long the row.
-    basic: features elu + 1, and everything stays. lightning and retention: each head forgets at a pace of its own.
-    gated: as fast as each token says. none: softmax in all layers."""
+    basic: everything stays in it. lightning and retention: each head forgets at a pace of its own, as those methods
+    have it. gated: as fast as each token says. none: softmax in all layers."""
     softmax_every: int | None = None
     """With `linear`: every N-th layer attends by softmax all the same; default: none does."""
     attention: Attention = Attention.sdpa

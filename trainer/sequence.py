@@ -181,7 +181,8 @@ def layers_of(config: Any, strategy: Strategy, shape: Shape) -> list[Layers]:
         whole = StateCost(strategy.cut, 0, shape, decay).kept_of(shape.length)
         found.append(Layers("layer of linear attention", linear, strategy.state_cost(shape, decay), whole))
     if softmax:
-        found.append(Layers("layer", softmax, strategy.cost(shape), shape.whole_kept))
+        name = "layer of softmax attention" if linear else "layer"
+        found.append(Layers(name, softmax, strategy.cost(shape), shape.whole_kept))
     return found
 
 
