@@ -76,6 +76,7 @@ def export_run(run: Path, target: Path, step: int | None) -> Path:
 
 SHIPPED = {
     "modeling_linear_llama.py": "trainer.linear_llama",
+    "configuration_linear_llama.py": "trainer.linear_config",
     "linear.py": "parallel.sequence.linear",
     "recurrence.py": "parallel.sequence.recurrence",
     "fused.py": "parallel.sequence.fused",
@@ -98,7 +99,7 @@ def ship_code(model: nn.Module, folder: Path) -> bool:
     place = folder / "config.json"
     config = json.loads(place.read_text())
     config["auto_map"] = {
-        "AutoConfig": "modeling_linear_llama.LinearLlamaConfig",
+        "AutoConfig": "configuration_linear_llama.LinearLlamaConfig",
         "AutoModelForCausalLM": "modeling_linear_llama.LinearLlamaForCausalLM",
     }
     place.write_text(json.dumps(config, indent=2) + "\n")

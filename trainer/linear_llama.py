@@ -9,24 +9,14 @@ of width x width along a document, which the heads that share it read:
 rotated after phi (RoFormer, arXiv:2104.09864, section 3.3) and with an RMSNorm of each head in place of a denominator
 (Qin et al. 2022, arXiv:2210.10340). Features are positive whatever the kind: of signed ones, as some of the papers
 have, what a document's first token reads of itself may be next to nothing, which the norm blows up (gradients of a new
-model in bf16 were 1e-2 to 1e-1 off, and are 1e-3 as softmax's). Kinds differ in a, by the names of LASP-2's table
-(arXiv:2502.07563):
+model in bf16 were 1e-2 to 1e-1 off, and are 1e-3 as softmax's). Kinds differ in a: see `linear_config`.
 
-| kind | a |
-|---|---|
-| basic | 1 |
-| lightning | exp(-2^(-8 h / n) (1 - l / L)) of head h = 1..n, layer l of L: Qin et al. 2024, arXiv:2401.04658 |
-| retention | 1 - 2^(-5 - h) of head h = 0..n-1: Sun et al. 2023, arXiv:2307.08621 |
-| gated | sigmoid(x W + b)^(1/16) of each token and head: Yang et al. 2024, arXiv:2312.06635, a head at a time |
-
-An exported model takes this file along, so that others can open it with trust_remote_code=True; it imports torch,
-transformers and `linear_attention` alone.
+An exported model takes this file along, so that others can open it with trust_remote_code=True.
 """
 
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.functional import elu, linear, logsigmoid
 from transformers import initialization
@@ -36,7 +26,6 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
@@ -49,52 +38,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from parallel.sequence.linear import linear_attention, linear_attention_step
+from trainer.linear_config import LINEAR, SOFTMAX, LinearLlamaConfig, head_decays, kinds
 
-KINDS = ("basic", "lightning", "retention", "gated")
-LINEAR, SOFTMAX = "linear_attention", "full_attention"
-"""transformers' names of the layers."""
 GATE_POWER = 16
 """Root that gates are taken of, so that a state lasts for some tens of tokens at first."""
-
-
-@strict
-class LinearLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """LLaMA's, and what its linear layers are."""
-
-    model_type = "linear_llama"
-
-    linear_attention: str = "basic"
-    """One of KINDS."""
-    layer_types: list[str] | None = None
-    """Of each layer, linear_attention or full_attention; default: all linear."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.layer_types is None:
-            self.layer_types = [LINEAR] * self.num_hidden_layers
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self) -> None:
-        super().validate_architecture()
-        if self.linear_attention not in KINDS:
-            raise ValueError(f"linear_attention={self.linear_attention!r}: must be one of {', '.join(KINDS)}")
-        others = sorted(set(self.layer_types or ()) - {LINEAR, SOFTMAX})
-        if others:
-            raise ValueError(f"layer_types: {', '.join(others)} are not known; use {LINEAR} and {SOFTMAX}")
-
-
-def kinds(config: LinearLlamaConfig) -> list[str]:
-    """LINEAR or SOFTMAX for each layer."""
-    return config.layer_types or []
-
-
-def head_decays(kind: str, heads: int, layer: int, layers: int, device: torch.device) -> Tensor | None:
-    """Logarithms of the decays of key heads, (heads,) fp64; None where there is none, or one of each token."""
-    head = torch.arange(heads, dtype=torch.float64, device=device)
-    if kind == "retention":
-        return torch.log1p(-torch.exp2(-5 - head))
-    if kind == "lightning":
-        return -torch.exp2(-8 * (head + 1) / heads) * (1 - layer / layers)
-    return None
 
 
 class LinearLlamaAttention(nn.Module):

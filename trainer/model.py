@@ -15,7 +15,8 @@ from optim.int8_model import quantize_weights
 from parallel.mesh import Share
 from parallel.sequence import fused
 from trainer.errors import UserError, first_line
-from trainer.linear_llama import LINEAR, SOFTMAX, LinearLlamaConfig, LinearLlamaForCausalLM
+from trainer.linear_config import LINEAR, SOFTMAX, LinearLlamaConfig
+from trainer.linear_llama import LinearLlamaForCausalLM
 from trainer.precision import Int8Matrices, torch_dtype, widen
 from trainer.rows import draw_rows, without_storage
 from trainer.schema import Dtype, Initial, LinearKind, ModelConfig

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from parallel.config import ParallelConfig, SequenceKind
+from parallel.launch import connected
 from parallel.sequence import fused, states
 from parallel.sequence.cost import Decay, Shape, StateCost
+from parallel.sequence.group import make_strategy
 from parallel.sequence.layout import Cut, Layout
 from parallel.sequence.linear import linear_attention, linear_attention_step
 from parallel.sequence.links import Pending
 from parallel.sequence.states import shared_linear_attention
+from parallel.sequence.strategy import WithStates
+from parallel.traffic import Traffic
 from tests.parallel.simulated import ThreadLinks, Wire, on_threads
+from tests.ranks import on_ranks
 from tests.reference.linear_attention import positions_of, recurrent
 
 CUTS = {
@@ -250,6 +256,33 @@ def test_bytes_sent_are_those_of_the_paper() -> None:
     for kind in ("no decay", "no mask"):
         inputs = made(kind, "as many", "one document").to(torch.float32)
         assert over_ranks(CUTS["4"], inputs)[1] == [2 * (ranks - 1) * batch * keys * width * 6 * 4] * ranks
+
+
+def sent_as_torch_sees_it(length: int) -> list[list[int]]:
+    """Bytes of forward and backward of a linear and of a softmax layer on this rank, and what its strategy says."""
+    cfg, shape = ParallelConfig(sequence=SequenceKind.lasp2), Shape(2, length, *HEADS["GQA"], 8, 4)
+    with connected(cfg, "cpu", threads=1) as world:
+        strategy = make_strategy(world, cfg, heads=shape.heads, key_heads=shape.key_heads, linear=True)
+        assert isinstance(strategy, WithStates)
+        layout, positions = Layout(strategy.cut, length, ((0,), (0, 5))), positions_of(((0,), (0, 5)), length)
+        tokens, mine = layout.held(strategy.index), layout.take(positions, strategy.index)
+        q, k, v = (torch.ones(2, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2))
+        found = []
+        for attend, cost in (
+            (lambda: strategy.recur(q, k, v, mine, None, layout, causal=True), strategy.state_cost(shape, Decay.none)),
+            (lambda: strategy.attend(q, k, v, layout, causal=True, scale=1.0), strategy.cost(shape)),
+        ):
+            with Traffic() as seen:
+                attend().sum().backward()  # type: ignore[no-untyped-call]
+            found.append([sum(seen.sent.values()), cost.forward + cost.backward])
+    return found
+
+
+def test_processes_send_what_is_told() -> None:
+    short, long = (on_ranks(2, sent_as_torch_sees_it, length)[0] for length in (12, 24))
+    for seen, told in (*short, *long):
+        assert seen == told
+    assert short[0] == long[0] and long[1][0] == 2 * short[1][0]  # states as ever, keys and values by the length
 
 
 class Slow(ThreadLinks):

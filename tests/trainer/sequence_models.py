@@ -5,7 +5,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from trainer.linear_llama import LinearLlamaConfig
+from trainer.linear_config import LinearLlamaConfig
 
 VOCABULARY = 48
 SMALL: dict[str, Any] = {

@@ -20,7 +20,8 @@ from trainer.cli.compose import load
 from trainer.data.leak import documents_leak
 from trainer.errors import UserError
 from trainer.export import SHIPPED, ship_code
-from trainer.linear_llama import KINDS, LINEAR, SOFTMAX, LinearLlamaConfig, LinearLlamaForCausalLM, head_decays
+from trainer.linear_config import KINDS, LINEAR, SOFTMAX, LinearLlamaConfig, head_decays
+from trainer.linear_llama import LinearLlamaForCausalLM
 from trainer.model import linear_remarks, model_config
 
 VOCABULARY, LENGTH = 48, 23
