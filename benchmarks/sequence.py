@@ -5,8 +5,9 @@
 
 The first asks what a layer's attention takes on 2 and 4 ranks that share a causal row, with the bytes each strategy
 says it sends; all ranks share this machine's cores and its memory, so figures compare strategies and nothing else.
-`whole` is one process with the whole row and as many threads as ranks. The second asks what merging by log-sum-exp
-costs: the tiles of every member of a ring, one after the other on one device, over torch's attention in one call.
+`whole` is one process with the whole row and as many threads as ranks, `whole, linear` the same of linear attention.
+The second asks what merging by log-sum-exp costs: the tiles of every member of a ring, one after the other on one
+device, over torch's attention in one call.
 """
 
 import argparse
@@ -27,9 +28,11 @@ from benchmarks.report import print_table, spread, write_result
 from parallel.config import ParallelConfig, SequenceKind
 from parallel.launch import World, connected
 from parallel.sequence.blockwise import see, see_backward
-from parallel.sequence.cost import Shape
+from parallel.sequence.cost import Decay, Shape
 from parallel.sequence.group import make_strategy
 from parallel.sequence.layout import Cut, Layout
+from parallel.sequence.linear import linear_attention
+from parallel.sequence.strategy import WithStates
 
 ROUNDS = 5
 Step = Callable[[], None]
@@ -116,11 +119,30 @@ def torch_context_parallel(world: World, shape: Shape) -> tuple[Step, dict[str, 
     return step, {}
 
 
+def states(world: World, shape: Shape) -> tuple[Step, dict[str, Any]]:
+    """Linear attention of the same heads, by LASP-2's gather of states."""
+    cfg = ParallelConfig(sequence=SequenceKind.lasp2)
+    strategy = make_strategy(world, cfg, heads=shape.heads, key_heads=shape.key_heads, linear=True)
+    assert isinstance(strategy, WithStates)
+    layout, cost = Layout(strategy.cut, shape.length, ((0,),)), strategy.state_cost(shape, Decay.none)
+    tensors = inputs(
+        shape.heads, shape.key_heads, layout.held(strategy.index), shape.width, world.device, torch.float32
+    )
+    positions = layout.take(torch.arange(shape.length)[None], strategy.index)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return strategy.recur(q, k, v, positions, None, layout, causal=True)
+
+    return forward_backward(attend, tensors), {"sent_forward": cost.forward, "sent_backward": cost.backward}
+
+
 ARMS: dict[str, Callable[[World, Shape], tuple[Step, dict[str, Any]]]] = {
     "ulysses": lambda world, shape: ours(SequenceKind.ulysses, world, shape),
     "ring": lambda world, shape: ours(SequenceKind.ring, world, shape),
     "usp": lambda world, shape: ours(SequenceKind.usp, world, shape),
     "lightseq": lambda world, shape: ours(SequenceKind.lightseq, world, shape),
+    "lasp2, softmax layer": lambda world, shape: ours(SequenceKind.lasp2, world, shape),
+    "lasp2, linear layer": states,
     "deepspeed ulysses": deepspeed_ulysses,
     "torch context_parallel": torch_context_parallel,
 }
@@ -143,7 +165,10 @@ def on_rank(shape: Shape) -> dict[str, Any]:
 def strategies(ranks: int, shape: Shape) -> dict[str, Any]:
     """Each arm on `ranks` gloo ranks; of each round the slowest rank's seconds."""
     found = on_ranks(ranks, on_rank, shape)
-    arms: dict[str, Any] = {"whole": {"seconds": spread(whole(ranks, shape))}}
+    arms: dict[str, Any] = {
+        "whole": {"seconds": spread(whole(ranks, shape, softmax))},
+        "whole, linear": {"seconds": spread(whole(ranks, shape, linear))},
+    }
     for name, first in found[0].items():
         if "left_out" in first:
             arms[name] = first
@@ -153,13 +178,17 @@ def strategies(ranks: int, shape: Shape) -> dict[str, Any]:
     return arms
 
 
-def whole(threads: int, shape: Shape) -> list[float]:
+def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return linear_attention(q, k, v, torch.arange(q.shape[2])[None])
+
+
+def whole(threads: int, shape: Shape, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[float]:
     torch.set_num_threads(threads)
     tensors = inputs(shape.heads, shape.key_heads, shape.length, shape.width, torch.device("cpu"), torch.float32)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
     return timed(forward_backward(attend, tensors), lambda: None)
 
 
@@ -187,11 +216,8 @@ def blocks(length: int, members: int, heads: int, keys: int, width: int, device:
                 dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (keys_there, values_there))
                 see_backward(d_out, mine, keys_there, values_there, narrow, lse, some, dq, dk, dv, scale)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    once, split = timed(forward_backward(attend, [q, k, v, grad]), wait), timed(ring, wait)
+    once, split = timed(forward_backward(softmax, [q, k, v, grad]), wait), timed(ring, wait)
     over = statistics.median(split) / statistics.median(once) - 1
     return {
         "length": length,

@@ -60,7 +60,9 @@ def selective_contexts(region: Region) -> Contexts:
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         packet = getattr(operator, "overloadpacket", None)
         name = packet.__name__ if packet is not None else ""
-        if name in alternate:
+        # Batched products of a function with a backward of its own are steps inside it, as linear attention's blocks.
+        inner = name == "bmm" and not torch.is_grad_enabled()
+        if name in alternate and not inner:
             key = (context.is_recompute, name)
             seen[key] += 1
             kept = seen[key] % 2 == 1

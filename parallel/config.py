@@ -36,6 +36,7 @@ class SequenceKind(Enum):
     ring = "ring"
     usp = "usp"
     lightseq = "lightseq"
+    lasp2 = "lasp2"
 
 
 @dataclass(kw_only=True)
@@ -61,7 +62,9 @@ class ParallelConfig:
     """How the tokens of a row are split over ranks (any transformers model; exact). none: every rank has whole rows.
     ulysses: an all-to-all gives each rank all tokens of some heads. ring: keys and values go round, which overlaps with
     computing; any number of heads. usp: ulysses among neighbours, a ring over those. lightseq: early ranks help
-    late ones with causal attention; half the bytes of a ring where all heads have keys; any number of heads."""
+    late ones with causal attention; half the bytes of a ring where all heads have keys; any number of heads. lasp2: for
+    models with linear attention, whose states are gathered once a layer, however long the row; layers that attend by
+    softmax gather keys and values. Linear layers hand on states under any of these."""
     sequence_degree: int | None = None
     """Ranks that share each row; their number times the ranks that read different rows is that of all. Default: all
     ranks share every row. What parallel.zero cuts, it cuts over all of them."""
@@ -106,7 +109,7 @@ class ParallelConfig:
         if degree is not None and kind is SequenceKind.none:
             found.append(
                 f"parallel.sequence_degree={degree}: has no effect with parallel.sequence=none; leave it out, or use "
-                "parallel.sequence=ulysses, ring, usp or lightseq"
+                "parallel.sequence=ulysses, ring, usp, lightseq or lasp2"
             )
         elif degree is not None and degree < 2:
             found.append(f"parallel.sequence_degree={degree}: splits nothing; use 2 or more, or parallel.sequence=none")

@@ -83,7 +83,14 @@ def parameters(choice: str) -> int:
 
 @pytest.mark.parametrize(
     "choice, millions",
-    [("llama_60m", 58.07), ("llama_130m", 134.1), ("llama_350m", 368.0), ("llama_1b", 1339), ("llama_7b", 6738)],
+    [
+        ("llama_60m", 58.07),
+        ("llama_linear_60m", 58.07),
+        ("llama_130m", 134.1),
+        ("llama_350m", 368.0),
+        ("llama_1b", 1339),
+        ("llama_7b", 6738),
+    ],
 )
 def test_the_papers_models_have_the_papers_sizes(choice: str, millions: float) -> None:
     """Parameter counts of the GaLore repository's configurations."""
@@ -91,10 +98,13 @@ def test_the_papers_models_have_the_papers_sizes(choice: str, millions: float) -
 
 
 def test_the_tiny_model_has_a_few_million_weights() -> None:
-    assert 2e6 < parameters("llama_tiny") < 5e6
+    assert 2e6 < parameters("llama_tiny") <= parameters("llama_linear_tiny") < 5e6
 
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (REPO / "configs" / "model").glob("*.yaml")))
 def test_every_model_file_is_tried_here(path: str) -> None:
-    tried = ("llama_tiny", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b", "hf")
+    tried = (
+        *("llama_tiny", "llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b", "hf"),
+        *("llama_linear_tiny", "llama_linear_60m"),
+    )
     assert path.removesuffix(".yaml") in tried

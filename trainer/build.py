@@ -41,7 +41,7 @@ from trainer.gate import Gate
 from trainer.loss.head import HeadLoss
 from trainer.matrices import owners_of
 from trainer.memory import MemoryMeter
-from trainer.model import build_model, check_length, check_vocabulary, model_config
+from trainer.model import build_model, check_length, check_vocabulary, linear_remarks, model_config
 from trainer.precision import autocast, int8_matrices, is_mixed, rounding, settled, use_float8_of
 from trainer.rows import Part
 from trainer.schema import Config
@@ -160,7 +160,7 @@ def make_trainable(cfg: Config, world: World, model: nn.Module) -> Trainable:
         UserError: model and options do not fit each other.
     """
     strategy = split_rows(cfg, world, model)
-    remarks = use_float8_of(cfg.precision, model)
+    remarks = [*use_float8_of(cfg.precision, model), *linear_remarks(model, world.device)]
     fates = replace(cfg.activations, attention=Fate.keep) if keeps_attention(cfg) else cfg.activations
     activations = manage_activations(fates, world, model, shared_rows=strategy is not None)
     loss = HeadLoss(model, cfg.loss)

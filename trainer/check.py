@@ -19,7 +19,7 @@ from trainer.check_offload import gradients_problems, host_problems, states_prob
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.loss.config import LossConfig, LossKind
-from trainer.schema import Attention, Config, Device, Dtype
+from trainer.schema import Attention, Config, Device, Dtype, LinearKind
 from trainer.track import track_problems
 
 
@@ -86,6 +86,12 @@ def attention_problems(cfg: Config) -> list[str]:
             f"activations.attention=keep: has no effect with model.attention={cfg.model.attention.value}, whose "
             "results are not known; use model.attention=sdpa"
         )
+    linear_only = cfg.model.path is None and cfg.model.linear is not LinearKind.none and not cfg.model.softmax_every
+    if cfg.activations.attention is Fate.keep and linear_only:
+        found.append(
+            f"activations.attention=keep: has no effect with model.linear={cfg.model.linear.value}, none of whose layers "
+            "attends by softmax; leave it out, or use model.softmax_every=N"
+        )
     if cfg.model.attention is not Attention.flash_attention_2:
         return found
     asked, remedy = "model.attention=flash_attention_2", "model.attention=sdpa has flash kernels built in"
@@ -148,7 +154,18 @@ def sequence_problems(cfg: Config, ranks: int) -> list[str]:
         ]
     if inner is not None and degree % inner:
         return [f"parallel.ulysses_degree={inner}: does not divide the {degree} ranks that share a row; leave it out"]
+    if parallel.sequence is SequenceKind.lasp2 and not is_read(cfg.model) and cfg.model.linear is LinearKind.none:
+        return [no_states(f"model={cfg.model.name}")]
     return []
+
+
+def no_states(model: str) -> str:
+    """What to say of LASP-2 where there is nothing for it to do."""
+    return (
+        f"parallel.sequence=lasp2: hands on the states of linear attention, and {model} has none; use "
+        "parallel.sequence=ring, which sends as much for softmax attention and computes meanwhile, or a model with "
+        "linear layers (model=llama_linear_tiny)"
+    )
 
 
 def shard_problems(cfg: Config, ranks: int) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.nearest import hint
-from trainer.schema import Initial, ModelConfig, shown, too_small
+from trainer.schema import Attention, Initial, LinearKind, ModelConfig, shown, too_small
 
 ARCHITECTURE = (
     "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size", "max_length",
@@ -30,8 +30,32 @@ def is_read(model: ModelConfig) -> bool:
 def model_problems(model: ModelConfig) -> list[str]:
     """Check options against each other, then against the files of a local folder."""
     if not is_read(model):
-        return sizes_problems(model) + head_problems(model)
+        return sizes_problems(model) + head_problems(model) + linear_problems(model)
     return read_problems(model) + (folder_problems(model) if model.path else [])
+
+
+def linear_problems(model: ModelConfig) -> list[str]:
+    """Layers of linear attention among those that attend by softmax."""
+    every, most = model.softmax_every, max(model.layers or 0, 2)
+    asked = f"model.softmax_every={every}"
+    if model.linear is LinearKind.none and every is not None:
+        return [
+            f"{asked}: has no effect with model.linear=none, where every layer attends by softmax; leave it out, or "
+            "use model.linear=basic"
+        ]
+    if every is not None and not 1 < every <= most:
+        return [
+            f"{asked}: of {model.layers} layers every N-th attends by softmax; use a number from 2 to {most}, or leave "
+            "it out, and none does"
+        ]
+    if model.linear is LinearKind.none or every is not None:
+        return []
+    why, found = f"has no effect with model.linear={model.linear.value}, where no layer attends by softmax", []
+    if model.dropout:
+        found.append(f"model.dropout={model.dropout}: {why}; use model.dropout=0")
+    if model.attention is not Attention.sdpa:
+        found.append(f"model.attention={model.attention.value}: {why}; leave it out")
+    return found
 
 
 def read_problems(model: ModelConfig) -> list[str]:
@@ -45,6 +69,13 @@ def read_problems(model: ModelConfig) -> list[str]:
             found.append(
                 f"model.{name}={shown(value)}: has no effect with model=hf, whose own config.json decides; "
                 "leave it out, or build from scratch with model=llama_tiny or larger"
+            )
+    for name in ("linear", "softmax_every"):
+        value = getattr(model, name)
+        if value != getattr(ModelConfig, name):
+            found.append(
+                f"model.{name}={shown(value)}: is for a model from scratch, and model=hf is read as it is; leave it "
+                "out, or use model=llama_linear_tiny or larger"
             )
     return found
 

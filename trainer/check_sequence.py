@@ -6,10 +6,13 @@ import transformers
 
 from parallel.config import SequenceKind
 from parallel.sequence.strategy import cut_of
+from trainer.check import no_states
 from trainer.errors import UserError
 from trainer.schema import Attention, Config
 
 HEAD_KEYS = ("num_attention_heads", "n_head")
+LINEAR = "linear_attention"
+"""transformers' name for layers with a state."""
 NOT_OF_BLOCKS = ("classifier", "summary")
 """Heads of other tasks have dropouts in the same configuration."""
 
@@ -25,6 +28,8 @@ def check_attention(cfg: Config, config: Any, ranks: int) -> tuple[int, int]:
     """
     heads, key_heads = heads_of(config)
     asked = f"parallel.sequence={cfg.parallel.sequence.value}"
+    if cfg.parallel.sequence is SequenceKind.lasp2 and not linear_layers(config):
+        raise UserError(no_states(type(config).__name__))
     found = [f"{asked}: {what}" for what in (*window_problems(cfg, config), *score_problems(config))]
     if not heads:
         found.append(f"{asked}: {type(config).__name__} does not say how many heads its attention has; use none")
@@ -51,6 +56,11 @@ def heads_of(config: Any) -> tuple[int, int]:
     """Heads and key heads of a model's attention; 0 where its configuration has no name for them."""
     heads = next((int(getattr(config, key)) for key in HEAD_KEYS if getattr(config, key, None)), 0)
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def linear_layers(config: Any) -> int:
+    """Layers of linear attention whose states can be handed from rank to rank: those of our own models."""
+    return (config.layer_types or []).count(LINEAR) if config.model_type == "linear_llama" else 0
 
 
 def head_problems(cfg: Config, ranks: int, heads: int, key_heads: int) -> list[str]:
@@ -90,6 +100,8 @@ def window_problems(cfg: Config, config: transformers.PretrainedConfig) -> list[
                 f"data.sequence_length={size} or less, or parallel.sequence=none"
             )
     others = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if linear_layers(config):
+        others -= {LINEAR}
     if others:
         found.append(
             f"layers of kind {', '.join(sorted(others))} hand a state along the row, which is not split; use "

@@ -5,6 +5,8 @@ files mapped into memory, which the system writes out and drops as it needs, and
 put together.
 """
 
+import importlib
+import json
 import math
 import os
 import shutil
@@ -25,6 +27,7 @@ from trainer.data.tokenizer import vocabulary_size
 from trainer.errors import UserError
 from trainer.finished import load_tokenizer, open_checkpoint, open_run
 from trainer.folder import RunFolder
+from trainer.linear_llama import LinearLlamaForCausalLM
 from trainer.model import build_model, model_config
 from trainer.precision import int8_matrices
 from trainer.schema import Config, Dtype, Initial
@@ -56,6 +59,7 @@ def export_run(run: Path, target: Path, step: int | None) -> Path:
         model.config.use_cache = True  # type: ignore[union-attr]  # switched off for training only
         model.save_pretrained(aside, max_shard_size=SHARD)  # type: ignore[operator]
         load_tokenizer(folder).save_pretrained(aside)
+        needs_code = ship_code(model, aside)
         os.replace(aside, target)
     except OSError as error:
         raise UserError(
@@ -65,8 +69,41 @@ def export_run(run: Path, target: Path, step: int | None) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(mapped, ignore_errors=True)
     print(f"exported step {checkpoint.step} of {run} to {target}")
-    print(f'  AutoModelForCausalLM.from_pretrained("{target}")')
+    trusted = ", trust_remote_code=True" if needs_code else ""
+    print(f'  AutoModelForCausalLM.from_pretrained("{target}"{trusted})')
     return target
+
+
+SHIPPED = {
+    "modeling_linear_llama.py": "trainer.linear_llama",
+    "configuration_linear_llama.py": "trainer.linear_config",
+    "linear.py": "parallel.sequence.linear",
+    "recurrence.py": "parallel.sequence.recurrence",
+    "fused.py": "parallel.sequence.fused",
+}
+"""Files of ours that a model of our own kind takes along, with the modules that they are."""
+
+
+def ship_code(model: nn.Module, folder: Path) -> bool:
+    """Put beside the weights what transformers needs to build `model` where we are not installed, if it needs that.
+
+    The modules are copied as they are, but for their imports of each other.
+    """
+    if not isinstance(model, LinearLlamaForCausalLM):
+        return False
+    for name, module in SHIPPED.items():
+        text = Path(str(importlib.import_module(module).__file__)).read_text()
+        for other, imported in SHIPPED.items():
+            text = text.replace(f"from {imported} import", f"from .{other.removesuffix('.py')} import")
+        (folder / name).write_text(text)
+    place = folder / "config.json"
+    config = json.loads(place.read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_linear_llama.LinearLlamaConfig",
+        "AutoModelForCausalLM": "modeling_linear_llama.LinearLlamaForCausalLM",
+    }
+    place.write_text(json.dumps(config, indent=2) + "\n")
+    return True
 
 
 def model_in_files(cfg: Config, folder: RunFolder, checkpoint: Checkpoint, mapped: Path) -> nn.Module:

@@ -12,12 +12,18 @@ import transformers
 from torch import Tensor, nn
 
 from optim.int8_model import quantize_weights
+from parallel.sequence import fused
 from trainer.errors import UserError, first_line
+from trainer.linear_config import LINEAR, SOFTMAX, LinearLlamaConfig
+from trainer.linear_llama import LinearLlamaForCausalLM
 from trainer.precision import Int8Matrices, torch_dtype, widen
 from trainer.rows import Part, draw_rows, without_storage
-from trainer.schema import Dtype, Initial, ModelConfig
+from trainer.schema import Dtype, Initial, LinearKind, ModelConfig
 from trainer.sizes import ROUND_VOCABULARY
 from trainer.streamed import read_rows
+
+transformers.AutoConfig.register(LinearLlamaConfig.model_type, LinearLlamaConfig, exist_ok=True)
+transformers.AutoModelForCausalLM.register(LinearLlamaConfig, LinearLlamaForCausalLM, exist_ok=True)
 
 
 def model_config(
@@ -31,7 +37,11 @@ def model_config(
     if cfg.path is not None:
         return hub_config(cfg)
     vocabulary = cfg.vocab_size or -(-needed // ROUND_VOCABULARY) * ROUND_VOCABULARY
-    return transformers.LlamaConfig(
+    kind, linear = (
+        (transformers.LlamaConfig, {}) if cfg.linear is LinearKind.none else (LinearLlamaConfig, linear_layers(cfg))
+    )
+    return kind(  # type: ignore[no-any-return]
+        **linear,
         vocab_size=vocabulary,
         hidden_size=cfg.hidden_size,
         intermediate_size=cfg.intermediate_size,
@@ -48,6 +58,14 @@ def model_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def linear_layers(cfg: ModelConfig) -> dict[str, Any]:
+    """What the configuration of a model with linear attention says beside a LLaMA's."""
+    every = cfg.softmax_every
+    layers = range(1, (cfg.layers or 0) + 1)
+    types = [SOFTMAX if every is not None and layer % every == 0 else LINEAR for layer in layers]
+    return {"linear_attention": cfg.linear.value, "layer_types": types}
 
 
 def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
@@ -138,6 +156,16 @@ def move_rows(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for key, buffer in module.named_buffers(recurse=False):
             module._buffers[key] = buffer.to(device)
+
+
+def linear_remarks(model: nn.Module, device: torch.device) -> list[str]:
+    """Say what computes linear attention where it could be quicker."""
+    if not isinstance(model, LinearLlamaForCausalLM) or device.type != "cuda" or fused.function() is not None:
+        return []
+    return [
+        "linear attention is computed by torch, block by block: flash-linear-attention's kernels are quicker, and are "
+        "used where that package is installed (pip install flash-linear-attention)"
+    ]
 
 
 def load_pretrained(cfg: ModelConfig, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:

@@ -47,6 +47,16 @@ class Attention(Enum):
     flash_attention_2 = "flash_attention_2"
 
 
+class LinearKind(Enum):
+    """How the state of a linear attention layer fades."""
+
+    none = "none"
+    basic = "basic"
+    lightning = "lightning"
+    retention = "retention"
+    gated = "gated"
+
+
 ClipBy = Enum("ClipBy", {"global": "global", "parameter": "parameter", "previous": "previous", "two_pass": "two_pass"})
 """Whose norm decides how far a gradient is scaled down."""
 
@@ -152,6 +162,12 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     dropout: float | None = 0.0
     """Attention dropout."""
+    linear: LinearKind = LinearKind.none
+    """Linear attention in place of softmax, of a model from scratch: a state of a fixed size, however long the row.
+    basic: everything stays in it. lightning and retention: each head forgets at a pace of its own, as those methods
+    have it. gated: as fast as each token says. none: softmax in all layers."""
+    softmax_every: int | None = None
+    """With `linear`: every N-th layer attends by softmax all the same; default: none does."""
     attention: Attention = Attention.sdpa
     """Attention kernel of transformers."""
     trust_remote_code: bool = False

@@ -8,6 +8,8 @@ that they get anyway.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -18,14 +20,14 @@ from offload.config import Fate
 from parallel.collectives import any_rank
 from parallel.config import SequenceKind
 from parallel.launch import World
-from parallel.sequence.cost import Cost, Shape
+from parallel.sequence.cost import Cost, Decay, Shape, StateCost
 from parallel.sequence.group import make_strategy
 from parallel.sequence.interface import NAME, Share, Unsupported, register
 from parallel.sequence.layout import Layout, document_starts
-from parallel.sequence.strategy import Strategy
+from parallel.sequence.strategy import Strategy, WithStates
 from parallel.shard import reshard
 from trainer.adapt import keeps_attention
-from trainer.check_sequence import check_attention, heads_of
+from trainer.check_sequence import check_attention, heads_of, linear_layers
 from trainer.data.batch import Batch
 from trainer.errors import UserError
 from trainer.memory import format_bytes
@@ -47,7 +49,8 @@ def split_rows(cfg: Config, world: World, model: nn.Module) -> Strategy | None:
         return None
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     heads, key_heads = check_attention(cfg, config, world.process_count)
-    strategy = make_strategy(world, cfg.parallel, heads=heads, key_heads=key_heads)
+    linear = linear_layers(config) > 0
+    strategy = make_strategy(world, cfg.parallel, heads=heads, key_heads=key_heads, linear=linear)
     register()
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     return strategy
@@ -137,28 +140,68 @@ def layer_shape(cfg: Config, world: World, config: transformers.PretrainedConfig
     return Shape(micro, cfg.data.sequence_length, heads, key_heads, width, value_bytes)
 
 
-def step_sends(cfg: Config, world: World, config: transformers.PretrainedConfig, cost: Cost) -> int:
-    """Bytes that a rank's attention sends in a step, `cost` being that of a layer and micro-batch."""
-    again = 0
-    if cfg.activations.fate in (Fate.recompute, Fate.selective):
-        again = cost.again if keeps_attention(cfg) else cost.forward
-    rows, train = cfg.train.global_batch // world.data_count, cfg.train
-    layers = int(config.get_text_config().num_hidden_layers)
-    return (cost.forward + again + cost.backward) * layers * (rows // min(train.micro_batch, rows))
+def step_sends(cfg: Config, world: World, layers: "list[Layers]") -> int:
+    """Bytes that a rank's attention sends in a step."""
+    rows = cfg.train.global_batch // world.data_count
+    recomputes = cfg.activations.fate in (Fate.recompute, Fate.selective)
+    kept = keeps_attention(cfg)
+    micro_step = 0
+    for each in layers:
+        again = each.cost.again if kept else each.cost.forward
+        micro_step += each.count * (each.cost.forward + each.cost.backward + (again if recomputes else 0))
+    return micro_step * (rows // min(cfg.train.micro_batch, rows))
 
 
 def sequence_text(cfg: Config, world: World, config: transformers.PretrainedConfig, strategy: Strategy) -> str:
     """Say what sharing rows costs a rank and what it saves."""
     shape, cut, kind = layer_shape(cfg, world, config), strategy.cut, cfg.parallel.sequence
-    cost = strategy.cost(shape)
+    layers = layers_of(config.get_text_config(), strategy, shape)
     how = {SequenceKind.usp: f" ({cut.ulysses} exchange heads, a ring of {cut.ring})"}.get(kind, "")
     fewer = " (fewer where rows are packed)" if kind is SequenceKind.lightseq else ""
     held = sum(map(len, cut.of_rank(shape.length, strategy.index)))
-    sent = f"{format_bytes(cost.forward)} forward and {format_bytes(cost.backward)} backward"
-    step = format_bytes(step_sends(cfg, world, config, cost))
-    kept = f"{format_bytes(cost.kept)} for backward (whole rows: {format_bytes(shape.whole_kept)})"
+    costs = "".join(f"; {each.text}" for each in layers)
     return (
-        f"parallel.sequence={kind.value}: {cut.degree} ranks share each row{how}, {held:,} of "
-        f"{shape.length:,} tokens here; a layer sends {sent} a micro-batch, {step} a step in all{fewer}; its "
-        f"attention keeps {kept} and holds {format_bytes(cost.working)} more while it runs"
+        f"parallel.sequence={kind.value}: {cut.degree} ranks share each row{how}, {held:,} of {shape.length:,} tokens "
+        f"here{costs}; sent in all: {format_bytes(step_sends(cfg, world, layers))} a step{fewer}"
     )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers whose attention costs the same."""
+
+    name: str
+    count: int
+    cost: Cost
+    whole_kept: int
+
+    @property
+    def text(self) -> str:
+        cost = self.cost
+        sent = f"{format_bytes(cost.forward)} forward and {format_bytes(cost.backward)} backward"
+        kept = f"{format_bytes(cost.kept)} for backward (whole rows: {format_bytes(self.whole_kept)})"
+        return (
+            f"a {self.name} sends {sent} a micro-batch; its attention keeps {kept} and holds "
+            f"{format_bytes(cost.working)} more while it runs"
+        )
+
+
+def layers_of(config: Any, strategy: Strategy, shape: Shape) -> list[Layers]:
+    """A model's layers by what their attention costs."""
+    linear = linear_layers(config)
+    softmax = int(config.num_hidden_layers) - linear
+    found = []
+    if isinstance(strategy, WithStates):
+        decay = decay_of(config)
+        whole = StateCost(strategy.cut, 0, shape, decay).kept_of(shape.length)
+        found.append(Layers("layer of linear attention", linear, strategy.state_cost(shape, decay), whole))
+    if softmax:
+        name = "layer of softmax attention" if linear else "layer"
+        found.append(Layers(name, softmax, strategy.cost(shape), shape.whole_kept))
+    return found
+
+
+def decay_of(config: Any) -> Decay:
+    """What a linear layer's decays depend on."""
+    of_tokens = {"basic": Decay.none, "gated": Decay.of_tokens}
+    return of_tokens.get(config.linear_attention, Decay.of_heads)

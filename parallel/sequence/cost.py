@@ -2,11 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
 from parallel.sequence.layout import Cut
+from parallel.sequence.recurrence import BLOCK
 from parallel.sequence.ulysses import Heads
+
+
+class Decay(Enum):
+    """What a linear layer's state is multiplied by at each token."""
+
+    none = "none"
+    of_heads = "of_heads"
+    of_tokens = "of_tokens"
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,52 @@ class ExactCost:
             forward += theirs * mine + queries * self.tokens(base + other)
             backward += (queries + 2 * keys) * self.tokens(base + other) + width(self.heads.q(other)) * mine
         return forward, backward
+
+
+@dataclass(frozen=True)
+class StateCost:
+    """Linear attention by gathered states (`states`), on one rank. What is sent does not depend on the length; what is
+    held while it runs is told to about a quarter."""
+
+    cut: Cut
+    rank: int
+    shape: Shape
+    decay: Decay = Decay.none
+
+    @cached_property
+    def pieces(self) -> int:
+        """Of the rank that has most, which all others send as many states as."""
+        return max(len(self.cut.of_rank(self.shape.length, rank)) for rank in range(self.cut.degree))
+
+    @property
+    def state(self) -> int:
+        """Values of a piece's states."""
+        return self.shape.batch * self.shape.key_heads * self.shape.width**2
+
+    def kept_of(self, tokens: int) -> int:
+        """Bytes that these tokens keep: q, k, v, and decays."""
+        s = self.shape
+        decays = s.key_heads * s.wide_bytes if self.decay is Decay.of_tokens else 0
+        return s.batch * tokens * ((s.heads + 2 * s.key_heads) * s.width * s.value_bytes + decays)
+
+    def of(self) -> Cost:
+        s, others = self.shape, self.cut.degree - 1
+        mine = self.cut.of_rank(s.length, self.rank)
+        tokens, most = sum(map(len, mine)), max(map(len, mine))
+        products = s.batch * s.key_heads if self.decay is Decay.of_tokens else 0
+        of_all = sum(len(self.cut.of_rank(s.length, rank)) for rank in range(self.cut.degree))
+        through = s.batch * of_all * (1 if self.decay is Decay.none else s.key_heads)
+        # In blocks: q, k, v, the output's gradient and all of theirs, two tiles of scores, two rows of states.
+        blocks = -(-most // BLOCK)
+        held = s.batch * most * ((3 * s.heads + 4 * s.key_heads) * s.width + 2 * s.heads * min(BLOCK, most))
+        sent = others * self.pieces * (self.state + products) * s.wide_bytes
+        return Cost(
+            forward=sent,
+            backward=others * self.pieces * self.state * s.wide_bytes,
+            again=sent,
+            kept=self.kept_of(tokens) + (len(mine) * self.state + through) * s.wide_bytes,
+            working=(2 * of_all * self.state + 2 * blocks * self.state * (blocks > 1) + held) * s.wide_bytes,
+        )
 
 
 def width(part: slice) -> int:

@@ -14,20 +14,26 @@ from parallel.launch import World
 from parallel.pretended import PretendedGroup
 from parallel.sequence.layout import Cut
 from parallel.sequence.links import Alone, Connection, Links, PretendedLinks
-from parallel.sequence.strategy import Exact, Strategy, cut_of, method_of
+from parallel.sequence.strategy import Exact, Strategy, WithStates, cut_of, method_of
 
 
-def make_strategy(world: World, cfg: ParallelConfig, *, heads: int, key_heads: int) -> Strategy | None:
+def make_strategy(
+    world: World, cfg: ParallelConfig, *, heads: int, key_heads: int, linear: bool = False
+) -> Strategy | None:
     """Connect the ranks that share rows; None where none do. Every rank calls it.
 
     Args:
         heads, key_heads: of the model's attention.
+        linear: whether some of its layers are linear attention.
     """
     if world.sequence_degree == 1:
         return None
     cut = cut_of(cfg, world.sequence_degree, heads, key_heads)
     inner, outer = connect(world, cut, cfg.timeout)
-    return Exact(cut, world.sequence_rank, inner, outer, method_of(cfg))
+    strategy: Strategy = Exact(cut, world.sequence_rank, inner, outer, method_of(cfg))
+    if not linear:
+        return strategy
+    return WithStates(strategy, inner if cut.ring == 1 else outer if cut.ulysses == 1 else connect_all(world, cfg))
 
 
 def connect(world: World, cut: Cut, timeout: float = 600.0) -> tuple[Connection, Connection]:
@@ -39,6 +45,15 @@ def connect(world: World, cut: Cut, timeout: float = 600.0) -> tuple[Connection,
         inner += [[base + m * cut.ulysses + u for u in range(cut.ulysses)] for m in range(cut.ring)]
         outer += [[base + m * cut.ulysses + u for m in range(cut.ring)] for u in range(cut.ulysses)]
     return links_among(inner, timeout, world.device), links_among(outer, timeout, world.device)
+
+
+def connect_all(world: World, cfg: ParallelConfig) -> Connection:
+    """Connect this rank to all that it shares rows with."""
+    degree = world.sequence_degree
+    if isinstance(world.gradients, PretendedGroup):
+        return alone_or_pretended(degree)
+    groups = [list(range(base, base + degree)) for base in range(0, world.process_count, degree)]
+    return links_among(groups, cfg.timeout, world.device)
 
 
 def alone_or_pretended(count: int) -> Connection:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from parallel.sequence.layout import Layout
-from parallel.sequence.strategy import Strategy
+from parallel.sequence.strategy import Strategy, WithStates
 
 NAME = "stowage_sequence"
 """Under which transformers finds it."""
@@ -31,6 +31,14 @@ class Share:
 
     strategy: Strategy
     layout: Layout
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, decay: Tensor | None, *, causal: bool
+    ) -> Tensor:
+        """Linear attention of this rank's tokens (`linear.Shared`)."""
+        if not isinstance(self.strategy, WithStates):
+            raise Unsupported("linear attention was not expected in this model: no states are handed on")
+        return self.strategy.recur(q, k, v, positions, decay, self.layout, causal=causal)
 
 
 def register() -> None:

@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.dtensor import all_gather, reduce_scatter
+
+Shape = Sequence[int]
+
 
 class Pending:
     """Tensors on their way. Their buffers, and those sent, are kept until they are waited for."""
@@ -43,6 +47,14 @@ class Connection(Protocol):
         """Send flat part i to rank i; return the flat parts that all ranks sent here, `lengths` values each."""
         ...
 
+    def all_gather(self, tensor: Tensor) -> Pending:
+        """Begin to send a tensor, as large on every rank, to all others; what comes is one (count, *shape)."""
+        ...
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        """Send part i of (count, *shape) to rank i; return the sum (*shape) of the parts that all ranks sent here."""
+        ...
+
 
 class Alone:
     """A group of one, which never sends."""
@@ -54,6 +66,12 @@ class Alone:
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         return list(parts)
+
+    def all_gather(self, tensor: Tensor) -> Pending:
+        return Pending([tensor[None]])
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        return parts[0]
 
 
 class Links:
@@ -82,6 +100,20 @@ class Links:
         self.sent += sent.nbytes - parts[self.index].nbytes
         return list(torch.split(received, list(lengths)))
 
+    def all_gather(self, tensor: Tensor) -> Pending:
+        sent = tensor.contiguous()
+        coming = sent.new_empty(self.count, *sent.shape)
+        # flat, as gloo has it
+        work = all_gather(coming.view(-1), sent.view(-1), group=self._group, async_op=True)
+        self.sent += (self.count - 1) * sent.nbytes
+        return Pending([coming], [work], [sent])
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        found = parts.new_empty(parts.shape[1:])
+        reduce_scatter(found.view(-1), parts.contiguous().view(-1), group=self._group)
+        self.sent += (self.count - 1) * found.nbytes
+        return found
+
 
 class PretendedLinks:
     """Rank 0 of `count`, of which no other exists: what it receives has sizes and lifetimes, and no values."""
@@ -98,3 +130,13 @@ class PretendedLinks:
         sent = torch.cat(list(parts))
         self.sent += sent.nbytes - parts[self.index].nbytes
         return list(torch.split(sent.new_empty(sum(lengths)), list(lengths)))
+
+    def all_gather(self, tensor: Tensor) -> Pending:
+        sent = tensor.contiguous()
+        self.sent += (self.count - 1) * sent.nbytes
+        return Pending([sent.new_empty(self.count, *sent.shape)], (), [sent])
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        found = parts.new_empty(parts.shape[1:])
+        self.sent += (self.count - 1) * found.nbytes
+        return found

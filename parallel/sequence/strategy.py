@@ -12,11 +12,13 @@ from torch import Tensor
 
 from parallel.config import ParallelConfig, SequenceKind
 from parallel.sequence.blockwise import BlockwiseAttention, Method
-from parallel.sequence.cost import Cost, ExactCost, Shape
+from parallel.sequence.cost import Cost, Decay, ExactCost, Shape, StateCost
+from parallel.sequence.gathered import GATHERED
 from parallel.sequence.layout import Cut, Layout
 from parallel.sequence.lightseq import LIGHTSEQ
 from parallel.sequence.links import Connection
 from parallel.sequence.ring import RING
+from parallel.sequence.states import shared_linear_attention
 from parallel.sequence.ulysses import Heads, ToHeads, ToTokens
 
 
@@ -86,9 +88,45 @@ class Exact:
         )
 
 
+@dataclass(frozen=True)
+class WithStates:
+    """Any strategy for softmax layers, and gathered states for linear ones: of pieces that the strategy's cut makes."""
+
+    softmax: Strategy
+    links: Connection
+    """To all ranks that share rows, in their order."""
+
+    @property
+    def cut(self) -> Cut:
+        return self.softmax.cut
+
+    @property
+    def index(self) -> int:
+        return self.softmax.index
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, scale: float) -> Tensor:
+        return self.softmax.attend(q, k, v, layout, causal=causal, scale=scale)
+
+    def cost(self, shape: Shape) -> Cost:
+        return self.softmax.cost(shape)
+
+    def recur(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, decay: Tensor | None, layout: Layout, *, causal: bool
+    ) -> Tensor:
+        """Return `linear.linear_attention` of this rank's tokens."""
+        return shared_linear_attention(q, k, v, positions, decay, layout, self.index, self.links, causal=causal)
+
+    def state_cost(self, shape: Shape, decay: Decay) -> Cost:
+        """Return what this rank sends, keeps and holds for a linear layer."""
+        return StateCost(self.cut, self.index, shape, decay).of()
+
+
+METHODS = {SequenceKind.lightseq: LIGHTSEQ, SequenceKind.lasp2: GATHERED}
+
+
 def method_of(cfg: ParallelConfig) -> Method:
     """How the outer ranks' queries and keys meet."""
-    return LIGHTSEQ if cfg.sequence is SequenceKind.lightseq else RING
+    return METHODS.get(cfg.sequence, RING)
 
 
 def cut_of(cfg: ParallelConfig, degree: int, heads: int, key_heads: int) -> Cut:
@@ -101,7 +139,7 @@ def cut_of(cfg: ParallelConfig, degree: int, heads: int, key_heads: int) -> Cut:
         return Cut(ulysses=degree)
     if cfg.sequence is SequenceKind.ring:
         return Cut(ring=degree)
-    if cfg.sequence is SequenceKind.lightseq:
+    if cfg.sequence in METHODS:  # pieces lie in the order of the row
         return Cut(ring=degree, zigzag=False)
     inner = cfg.ulysses_degree or max(
         count for count in range(1, degree + 1) if not (degree % count or heads % count or key_heads % count)

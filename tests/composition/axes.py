@@ -147,6 +147,11 @@ AXES: tuple[Axis, ...] = (
         v("previous", "train.clip_norm=0.1", "train.clip_by=previous", reference={"in_backward": OWN}),
         v("two_pass", "train.clip_norm=0.1", "train.clip_by=two_pass", reference={"clip": "global"}),
     )),
+    Axis("model", "attention of all layers by softmax, linear, or linear in every other one", True, (
+        v("llama"),
+        v("linear", "model.linear=gated"),
+        v("hybrid", "model.linear=lightning", "model.softmax_every=2"),
+    )),
     Axis("embeddings", "whether the head shares the embedding's weights", True, (
         v("own"), v("tied", "model.tie_embeddings=true"),
     )),
@@ -174,6 +179,7 @@ AXES: tuple[Axis, ...] = (
         v("ring_pairs", "parallel.sequence=ring", "parallel.sequence_degree=2", degree=2),
         v("usp", "parallel.sequence=usp", degree=ALL),
         v("lightseq", "parallel.sequence=lightseq", degree=ALL),
+        v("lasp2", "parallel.sequence=lasp2", degree=ALL),
     )),
     Axis("engine", "library that runs the distributed step", False, (
         v("torch"), v("deepspeed", "parallel.engine=deepspeed"),

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.tensor import debug
 
 from tests.composition.case import Job, Report, run_job
 from tests.ranks import enter, fork_server, free_port
@@ -57,6 +58,8 @@ def forget_groups(kept: Sequence[dist.ProcessGroup]) -> None:
     Each has threads that wake a hundred times a second: those of a hundred combinations take all cores there are.
     """
     gc.collect()  # a model lies in cycles with its hooks, and holds its mesh
+    if hasattr(debug, "_clear_sharding_prop_cache"):  # what torch remembers of an equal mesh names the groups it had
+        debug._clear_sharding_prop_cache()
     for group in groups():
         if group not in kept:
             dist.destroy_process_group(group)

@@ -40,6 +40,7 @@ HOST = ["activations=host", "activations.min_bytes=0"]
         (["activations.attention=keep", "activations=selective"], "activations=selective keeps it; leave it out"),
         (["activations.attention=host", "activations=recompute"], "must be keep or recompute"),
         (["activations.attention=keep", "activations=recompute", "model.attention=eager"], "use model.attention=sdpa"),
+        (["activations.attention=keep", "activations=recompute", "model.linear=gated"], "use model.softmax_every=N"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

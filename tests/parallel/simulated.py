@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.sequence.blockwise import Method
 from parallel.sequence.layout import Cut, Layout
 from parallel.sequence.lightseq import LIGHTSEQ
 from parallel.sequence.links import Pending
@@ -61,6 +62,17 @@ class ThreadLinks:
         assert [x.numel() for x in found] == list(lengths)
         return found
 
+    def all_gather(self, tensor: Tensor) -> Pending:
+        for to in range(self.count):
+            self.wire.queues[self.index, to].put([tensor.detach().clone()])
+        self.sent += (self.count - 1) * tensor.nbytes
+        came = [self.wire.queues[source, self.index].get(timeout=20)[0] for source in range(self.count)]
+        return Pending([torch.stack(came)])
+
+    def reduce_scatter(self, parts: Tensor) -> Tensor:
+        flat = self.all_to_all([part.flatten() for part in parts], [parts[0].numel()] * self.count)
+        return torch.stack(flat).sum(0).view(parts.shape[1:])
+
 
 def on_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
     """Return what function(rank) returns for each rank, all running at once."""
@@ -107,12 +119,13 @@ class Found:
     """Bytes, by each rank."""
 
 
-def members(cut: Cut) -> list[Exact]:
-    """A strategy for each rank, connected to the others."""
+def members(cut: Cut, method: Method | None = None) -> list[Exact]:
+    """A strategy for each rank, connected to the others. Default: a ring, or LightSeq where pieces are contiguous."""
+    method = method or (RING if cut.zigzag else LIGHTSEQ)
     inner, outer = [Wire(cut.ulysses) for _ in range(cut.ring)], [Wire(cut.ring) for _ in range(cut.ulysses)]
     return [
         Exact(cut, rank, ThreadLinks(inner[rank // cut.ulysses], rank % cut.ulysses),
-              ThreadLinks(outer[rank % cut.ulysses], rank // cut.ulysses), RING if cut.zigzag else LIGHTSEQ)
+              ThreadLinks(outer[rank % cut.ulysses], rank // cut.ulysses), method)
         for rank in range(cut.degree)
     ]  # fmt: skip
 
@@ -124,9 +137,9 @@ def tensors(heads: tuple[int, int], dtype: torch.dtype, length: int, batch: int 
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def split(cut: Cut, inputs: list[Tensor], layout: Layout, causal: bool) -> Found:
+def split(cut: Cut, inputs: list[Tensor], layout: Layout, causal: bool, method: Method | None = None) -> Found:
     """Output and gradients of q, k, v, put together from all ranks."""
-    strategies = members(cut)
+    strategies = members(cut, method)
 
     def run(rank: int) -> list[Tensor]:
         local = [layout.take(x.transpose(1, 2), rank).transpose(1, 2) for x in inputs]

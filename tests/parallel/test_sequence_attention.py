@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.sequence.blockwise import merge_
+from parallel.sequence.blockwise import Method, merge_
 from parallel.sequence.cost import ExactCost, Shape
+from parallel.sequence.gathered import GATHERED
 from parallel.sequence.kernels import attend, attend_backward, attend_by_products, backward_by_products, kernel_for
 from parallel.sequence.layout import Cut, Layout, document_starts
 from parallel.sequence.ring import RING
@@ -24,6 +25,9 @@ CUTS = {
     "lightseq 3": Cut(ring=3, zigzag=False),
     "lightseq 4": Cut(ring=4, zigzag=False),
     "lightseq 2 x 2": Cut(ring=2, ulysses=2, zigzag=False),
+    "gathered 2": Cut(ring=2, zigzag=False),
+    "gathered 3": Cut(ring=3, zigzag=False),
+    "gathered 4": Cut(ring=4, zigzag=False),
 }
 HEADS = {"MHA": (8, 8), "GQA 2": (8, 4), "GQA 8": (8, 1), "uneven": (6, 2), "odd share": (9, 3)}
 DOCUMENTS = {
@@ -33,6 +37,10 @@ DOCUMENTS = {
 }
 LENGTH = 29
 """Not a multiple of anything."""
+
+
+def method(cut: str) -> Method | None:
+    return GATHERED if "gathered" in cut else None
 
 
 SMALLEST = [
@@ -46,6 +54,8 @@ SMALLEST = [
     ("lightseq 3", "GQA 8", "one document", True),
     ("lightseq 2", "MHA", "one document", True),
     ("lightseq 3", "GQA 2", "packed", False),
+    ("gathered 3", "GQA 2", "packed", True),
+    ("gathered 2", "GQA 8", "packed", False),
 ]
 """The quick suite's; the slow one takes all."""
 
@@ -55,7 +65,7 @@ def test_split_attention_is_attention(cut: str, heads: str, documents: str, caus
     layout = Layout(CUTS[cut], LENGTH, DOCUMENTS[documents])
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         inputs = tensors(HEADS[heads], dtype, LENGTH)
-        assert furthest(split(CUTS[cut], inputs, layout, causal), whole(inputs, layout, causal)) < limit
+        assert furthest(split(CUTS[cut], inputs, layout, causal, method(cut)), whole(inputs, layout, causal)) < limit
 
 
 @pytest.mark.slow
@@ -67,14 +77,17 @@ def test_split_attention_is_attention_in_every_case(cut: str, heads: str, docume
     test_split_attention_is_attention(cut, heads, documents, causal)
 
 
-@pytest.mark.parametrize("cut", ["ulysses 3", "ring 3", "usp 2 x 2", "lightseq 3", "lightseq 4"])
+@pytest.mark.parametrize("cut", ["ulysses 3", "ring 3", "usp 2 x 2", "lightseq 3", "lightseq 4", "gathered 3"])
 def test_a_changed_document_leaves_the_others_bit_equal(cut: str) -> None:
     layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["packed"])
     inputs = tensors((6, 2), torch.float32, LENGTH)
     changed = [x.clone() for x in inputs]
     for x in changed:
         x[0, :, 6:17] += 1
-    before, after = split(CUTS[cut], inputs, layout, True), split(CUTS[cut], changed, layout, True)
+    before, after = (
+        split(CUTS[cut], inputs, layout, True, method(cut)),
+        split(CUTS[cut], changed, layout, True, method(cut)),
+    )
     for one, other in zip([before.out, *before.gradients], [after.out, *after.gradients], strict=True):
         assert not torch.equal(one[0, :, 6:17], other[0, :, 6:17])
         for same in (one[0, :, :6] - other[0, :, :6], one[0, :, 17:] - other[0, :, 17:], one[1] - other[1]):
@@ -87,8 +100,8 @@ def test_bytes_sent_are_those_that_are_told(cut: str, heads: str) -> None:
     """LightSeq sends less for packed rows; see its own tests."""
     layout = Layout(CUTS[cut], LENGTH, DOCUMENTS["one document" if "lightseq" in cut else "packed"])
     inputs = tensors(HEADS[heads], torch.float32, LENGTH)
-    costs = [each.cost(Shape(2, LENGTH, *HEADS[heads], 8, 4)) for each in members(CUTS[cut])]
-    assert split(CUTS[cut], inputs, layout, True).sent == [cost.forward + cost.backward for cost in costs]
+    costs = [each.cost(Shape(2, LENGTH, *HEADS[heads], 8, 4)) for each in members(CUTS[cut], method(cut))]
+    assert split(CUTS[cut], inputs, layout, True, method(cut)).sent == [cost.forward + cost.backward for cost in costs]
 
 
 def test_bytes_sent_are_those_of_the_papers() -> None:

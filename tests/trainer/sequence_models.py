@@ -5,6 +5,8 @@ from typing import Any
 import transformers
 from torch import nn
 
+from trainer.linear_config import LinearLlamaConfig
+
 VOCABULARY = 48
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -24,8 +26,12 @@ SPLIT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", SMALL),
     "gemma": ("GemmaConfig", SMALL),
     "gpt2": ("GPT2Config", GPT2),
+    "linear, gated": ("LinearLlamaConfig", SMALL | {"linear_attention": "gated"}),
+    "hybrid": ("LinearLlamaConfig", SMALL | {"layer_types": ["linear_attention", "full_attention"]}),
 }
 """Trained over split rows."""
+LINEAR = ("linear, gated", "hybrid")
+"""Those with states."""
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "sliding window": ("MistralConfig", SMALL | {"sliding_window": 8}, "see 8 tokens alone"),
     "dropout": ("GPT2Config", GPT2 | {"attn_pdrop": 0.1, "resid_pdrop": 0.2}, "resid_pdrop=0.2"),
@@ -42,7 +48,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def made(name: str, options: dict[str, Any]) -> transformers.PretrainedConfig:
-    return getattr(transformers, name)(**options)  # type: ignore[no-any-return]
+    return (LinearLlamaConfig if name == "LinearLlamaConfig" else getattr(transformers, name))(**options)  # type: ignore[no-any-return]
 
 
 def model_of(config: transformers.PretrainedConfig) -> nn.Module:

@@ -26,6 +26,8 @@ from trainer.run import run
         (4, ["parallel.sequence=usp", "parallel.ulysses_degree=3"], "does not divide the 4 ranks"),
         (8, ["parallel.sequence=usp", "parallel.sequence_degree=4", "parallel.ulysses_degree=3"], "must divide"),
         (4, ["parallel.sequence=ring", "parallel.sequence_degree=2", "train.global_batch=9"], "x 2 ranks"),
+        (2, ["parallel.sequence=lasp2"], "model=llama_tiny has none; use parallel.sequence=ring"),
+        (1, ["parallel.sequence=lasp2", "model.linear=basic"], "one process has nobody to share a row with"),
     ],
 )
 def test_a_degree_that_does_not_fit_is_told_with_one_that_does(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from parallel.config import ParallelConfig
 from parallel.launch import World, connected
 from tests.ranks import on_ranks
-from tests.trainer.sequence_models import REFUSED, SPLIT, VOCABULARY, made, model_of
+from tests.trainer.sequence_models import LINEAR, REFUSED, SPLIT, VOCABULARY, made, model_of
 from trainer.check_sequence import check_attention
 from trainer.cli.compose import load
 from trainer.data.batch import Batch
@@ -45,9 +45,10 @@ def furthest_of_families(kinds: list[str]) -> dict[str, float]:
     found = {}
     with connected(ParallelConfig(), "cpu", threads=1) as alone:
         for kind in kinds:
-            cfg = config(f"parallel.sequence={kind}")
+            cfg = config(f"parallel.sequence={kind}", *(["model.linear=basic"] if kind == "lasp2" else []))
             world = replace(alone, sequence_degree=alone.process_count)
-            for family, (name, options) in SPLIT.items():
+            for family in LINEAR if kind == "lasp2" else SPLIT:
+                name, options = SPLIT[family]
                 torch.manual_seed(0)
                 model = model_of(made(name, options))
                 expected = gradients(model, batch())
@@ -63,14 +64,14 @@ def furthest_of_families(kinds: list[str]) -> dict[str, float]:
 
 
 def test_families_of_models_are_split_unchanged() -> None:
-    for found in on_ranks(2, furthest_of_families, ["ulysses", "ring", "lightseq"]):
+    for found in on_ranks(2, furthest_of_families, ["ulysses", "ring", "lightseq", "lasp2"]):
         assert {name: far for name, far in found.items() if far > 2e-4} == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_families_of_models_are_split_over_more_ranks(ranks: int) -> None:
-    for found in on_ranks(ranks, furthest_of_families, ["ulysses", "ring", "usp", "lightseq"]):
+    for found in on_ranks(ranks, furthest_of_families, ["ulysses", "ring", "usp", "lightseq", "lasp2"]):
         assert {name: far for name, far in found.items() if far > 2e-4} == {}
 
 
@@ -91,6 +92,7 @@ def test_attention_of_another_kind_is_named_and_refused(case: str, monkeypatch: 
         (("parallel.sequence=lightseq", "data.sequence_length=7"), 8, "use data.sequence_length=8 or more"),
         (("parallel.sequence=usp", "parallel.ulysses_degree=8"), 8, "parallel.ulysses_degree=2 or 4"),
         (("parallel.sequence=ring", "model.attention=eager"), 2, "leave model.attention out"),
+        (("model=hf", "model.path=some/name", "parallel.sequence=lasp2"), 2, "LlamaConfig has none; use parallel.seq"),
     ],
 )
 def test_what_a_degree_cannot_do_is_refused(

@@ -25,10 +25,13 @@ COMMON = (
 )  # fmt: skip
 ADAMW, GALORE = "optim=adamw", "optim=galore optim.rank=8 optim.update_proj_gap=4"
 HOST = "activations=host activations.min_bytes=256"
+HYBRID = "model.linear=lightning model.softmax_every=2"
 QUICK = [
     (ADAMW, "parallel.sequence=ulysses parallel.zero=0 train.micro_batch=4"),
     (GALORE, f"parallel.sequence=ring parallel.zero=3 {HOST}"),
     (ADAMW, "parallel.sequence=lightseq parallel.zero=0 activations=recompute"),
+    (f"{ADAMW} {HYBRID}", "parallel.sequence=lasp2 parallel.zero=0 activations=recompute"),
+    (f"{GALORE} model.linear=gated", f"parallel.sequence=lasp2 parallel.zero=3 {HOST}"),
 ]
 """For two ranks."""
 FOUR = [
@@ -47,6 +50,12 @@ FOUR = [
     (GALORE, "parallel.sequence=ring optim.in_backward=true train.clip_by=parameter parallel.zero=3"),
     (ADAMW, "parallel.sequence=ring activations=selective activations.lean=true"),
     (ADAMW, "parallel.sequence=ulysses activations.lean=true activations.tile_mlp=3"),
+    (f"{ADAMW} {HYBRID}", f"parallel.sequence=lasp2 parallel.zero=3 {HOST}"),
+    (f"{GALORE} {HYBRID}", "parallel.sequence=lasp2 parallel.sequence_degree=2 parallel.zero=0 activations=recompute"),
+    (f"{ADAMW} model.linear=basic", "parallel.sequence=lasp2 activations=selective activations.lean=true"),
+    (f"{GALORE} model.linear=retention", "parallel.sequence=lasp2 optim.in_backward=true train.clip_by=parameter"),
+    (f"{ADAMW} {HYBRID}", "parallel.sequence=ring parallel.zero=3"),
+    (f"{ADAMW} model.linear=gated", "parallel.sequence=usp parallel.zero=1 activations=recompute"),
 ]
 Trained = tuple[list[list[float]], dict[str, torch.Tensor]]
 

@@ -13,8 +13,13 @@ from trainer.sizes import llama_shapes, vocabulary_of
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["model=llama_60m"], ["model.kv_heads=2", "model.tie_embeddings=true", "model.vocab_size=300"]],
-    ids=["tiny", "60M", "GQA, tied"],
+    [
+        [],
+        ["model=llama_60m"],
+        ["model.kv_heads=2", "model.tie_embeddings=true", "model.vocab_size=300"],
+        ["model.linear=gated", "model.softmax_every=2", "model.kv_heads=2"],
+    ],
+    ids=["tiny", "60M", "GQA, tied", "hybrid"],
 )
 def test_the_shapes_are_those_of_the_built_model(overrides: list[str]) -> None:
     cfg = load(overrides)
