@@ -13,11 +13,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from parallel.config import SequenceKind
-from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
+from trainer.check_model import is_read, length_before, longest_sequence, model_problems, smallest_side
 from trainer.check_offload import gradients_problems, host_problems, states_problems, tier_problems
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.loss.config import LossConfig, LossKind
+from trainer.rope.check import rope_problems
+from trainer.rope.config import SCALED, RopeType
 from trainer.schema import Attention, Config, Device, Dtype
 from trainer.track import track_problems
 
@@ -25,33 +27,39 @@ from trainer.track import track_problems
 def problems(cfg: Config) -> list[str]:
     """Check every section by itself, then the sections against each other and against the files they name."""
     found = section_problems("", cfg)
-    for entry in fields(cfg):
-        section = getattr(cfg, entry.name)
-        if is_dataclass(section):
-            found += section_problems(f"{entry.name}.", section)
-    found += model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg)
+    found += model_problems(cfg.model) + rope_problems(cfg.model, cfg.data.sequence_length) + length_problems(cfg)
+    found += rank_problems(cfg)
     found += attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
     return found + int8_problems(cfg) + states_problems(cfg) + host_problems(cfg)
 
 
 def section_problems(prefix: str, section: object) -> list[str]:
-    """Refuse NaN and infinity in any option; where there is none, ask the section itself."""
-    found = []
+    """Refuse NaN and infinity in any option; where there is none, ask the section itself; then the sections in it."""
+    found, inner = [], []
     for entry in fields(section):  # type: ignore[arg-type]
         value = getattr(section, entry.name)
+        if is_dataclass(value):
+            inner += section_problems(f"{prefix}{entry.name}.", value)
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             found.append(f"{prefix}{entry.name}={value}: must be a finite number")
     own = getattr(section, "problems", None)
-    return found or (own() if own is not None else [])
+    return (found or (own() if own is not None else [])) + inner
 
 
 def length_problems(cfg: Config) -> list[str]:
-    longest, asked = longest_sequence(cfg.model), cfg.data.sequence_length
-    if longest is None or asked <= longest:
+    model, asked = cfg.model, cfg.data.sequence_length
+    longest, before = longest_sequence(model), length_before(model)
+    if longest is None or asked <= longest or (model.rope.type in SCALED and model.rope.factor is None):
         return []
-    remedy = "" if is_read(cfg.model) else f", or model.max_length={asked}"
-    where = f"{cfg.model.path}/config.json" if is_read(cfg.model) else f"model.max_length={longest}"
+    where = f"{model.path}/config.json" if is_read(model) else f"model.max_length={before}"
+    remedy = "" if is_read(model) else f", model.max_length={asked}"
+    factor = math.ceil(asked * model.rope.times / longest)
+    if model.rope.type is RopeType.keep:
+        remedy += f", or extend it, as with model.rope.type=yarn model.rope.factor={factor}"
+    else:
+        where += f", model.rope.factor={model.rope.times:g}"
+        remedy += f", or model.rope.factor={factor}"
     return [
         f"data.sequence_length={asked}: the model takes at most {longest} tokens ({where}); "
         f"use data.sequence_length={longest} or less{remedy}"

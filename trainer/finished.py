@@ -68,6 +68,7 @@ def load_model(
         int8=int8_matrices(cfg),
         device=device,
         seed=cfg.seed,
+        length=cfg.data.sequence_length,
     )
     checkpoint.load(dict(model_tensors(model)), leave=("*",))
     return model.eval(), tokenizer

@@ -15,6 +15,8 @@ from optim.int8_model import quantize_weights
 from parallel.mesh import Share
 from trainer.errors import UserError, first_line
 from trainer.precision import Int8Matrices, torch_dtype, widen
+from trainer.rope.frequencies import check_heeded, pin_length
+from trainer.rope.scaling import extend, longest_of
 from trainer.rows import draw_rows, without_storage
 from trainer.schema import Dtype, Initial, ModelConfig
 from trainer.sizes import ROUND_VOCABULARY
@@ -32,7 +34,7 @@ def model_config(
     if cfg.path is not None:
         return hub_config(cfg)
     vocabulary = cfg.vocab_size or -(-needed // ROUND_VOCABULARY) * ROUND_VOCABULARY
-    return transformers.LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=cfg.hidden_size,
         intermediate_size=cfg.intermediate_size,
@@ -49,12 +51,20 @@ def model_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    extend(config, cfg.rope)
+    return config
 
 
 def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
-    """Read the configuration of `cfg.path`, a local folder or a hub name."""
+    """Read the configuration of `cfg.path`, a local folder or a hub name, with the positions of `cfg.rope`.
+
+    Raises:
+        UserError: it cannot be read, or has no such positions.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            cfg.path, trust_remote_code=cfg.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         what = (
             "the folder's config.json cannot be read" if Path(str(cfg.path)).is_dir() else "no such folder or hub model"
@@ -63,6 +73,8 @@ def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
             f"model.path={cfg.path}: {what} ({first_line(error)}). Give a folder that holds a transformers "
             "model (config.json and *.safetensors), or a hub name reachable from here."
         ) from error
+    extend(config, cfg.rope)
+    return config
 
 
 def build_model(
@@ -72,12 +84,15 @@ def build_model(
     weights: Dtype,
     device: torch.device,
     seed: int,
+    length: int | None = None,
     int8: Int8Matrices | None = None,
     share: Share | None = None,
 ) -> nn.Module:
     """Make the model on `device` with weights in `weights`, from `seed` or from `cfg.path`, in training mode.
 
     Args:
+        length: tokens in a row, for rotary positions that depend on it (`trainer.rope.frequencies`); None for a model
+            that will not run.
         int8: what of it to keep in int8. Such a model begins in the host's memory and arrives on `device` one matrix
             after the other, where it would not fit in full.
         share: of each parameter, the rows to keep. Parameters then have no storage and carry these rows for
@@ -85,7 +100,8 @@ def build_model(
             which is for proofs: both are made whole.
 
     Raises:
-        UserError: the folder has no safetensors, its weights do not fit its own configuration, or `int8` finds none.
+        UserError: the folder has no safetensors, its weights do not fit its own configuration, `int8` finds none, or
+            the model does not heed `cfg.rope`.
     """
     options: dict[str, Any] = {"attn_implementation": cfg.attention.value, "trust_remote_code": cfg.trust_remote_code}
     # fp64 starts from the fp32 draw, so that both precisions train the same model.
@@ -126,6 +142,9 @@ def build_model(
         model.to(device)
     if weights is Dtype.fp64:
         widen(model)
+    check_heeded(model, cfg.rope)
+    if length is not None:
+        pin_length(model, length)
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache would also switch off the mask between packed documents
     model.train()
     return model
@@ -163,7 +182,7 @@ def check_vocabulary(config: transformers.PretrainedConfig, need: int) -> None:
 
 def check_length(config: transformers.PretrainedConfig, sequence_length: int) -> None:
     """Refuse rows longer than the positions the model knows."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_of(config)
     if longest is not None and sequence_length > longest:
         raise UserError(
             f"data.sequence_length={sequence_length}: the model accepts at most {longest} tokens. "

@@ -28,6 +28,7 @@ from trainer.loop import Run, save, train
 from trainer.memory import by_kind_line, format_bytes
 from trainer.metrics import Throughput
 from trainer.recorder import Recorder
+from trainer.rope.scaling import rope_text
 from trainer.saver import Saver
 from trainer.schema import Config, Dtype
 from trainer.sequence import sequence_text
@@ -91,6 +92,8 @@ def run_watched(cfg: Config) -> Result:
         laid_out = spread_text(world, cfg.parallel) if cfg.parallel.engine is EngineName.torch else None
         if laid_out:
             recorder.notice(laid_out)
+        if positions := rope_text(built.model_config, cfg.model.rope, cfg.data.sequence_length):
+            recorder.notice(positions)
         if built.strategy is not None:
             recorder.notice(sequence_text(cfg, world, built.model_config, built.strategy))
         training = begin(built, store, recorder, stop, checkpoint)
@@ -187,6 +190,12 @@ def find_checkpoint(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
         raise UserError(
             f"{checkpoint.path} was trained on other data ({'; '.join(found)}). Give its own options, or "
             f"start a run of its own from it with another run.dir and train.resume={checkpoint.path}."
+        )
+    found = differences(saved.get("positions", {}), asked["positions"])  # absent: from before there were any
+    if found and cfg.train.resume == "auto":
+        raise UserError(
+            f"{checkpoint.path} was trained with other rotary positions ({'; '.join(found)}). Give its own options, or "
+            f"extend it in a run of its own with another run.dir and train.resume={checkpoint.path}."
         )
     return checkpoint
 

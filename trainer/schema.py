@@ -16,6 +16,7 @@ from optim.config import DEFAULT_TARGETS, OptimConfig, ScheduleConfig
 from parallel.config import ParallelConfig
 from trainer.data.config import DataConfig
 from trainer.loss.config import LossConfig
+from trainer.rope.config import RopeConfig
 
 
 class Device(Enum):
@@ -145,11 +146,13 @@ class ModelConfig:
     vocab_size: int | None = None
     """Default: the tokenizer's size, rounded up to a multiple of 8; llama_60m and larger say 32000."""
     max_length: int | None = 2048
-    """Longest sequence the model accepts (max_position_embeddings)."""
+    """Longest sequence the model accepts (max_position_embeddings), before `model.rope` extends it."""
     tie_embeddings: bool | None = False
     """Whether the output head shares the embedding's weights."""
     rope_theta: float | None = 10000.0
     """Base of the rotary position embedding."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """How positions are told apart beyond the length that the model was trained with."""
     dropout: float | None = 0.0
     """Attention dropout."""
     attention: Attention = Attention.sdpa
