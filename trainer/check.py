@@ -28,7 +28,7 @@ def problems(cfg: Config) -> list[str]:
     """Check every section by itself, then the sections against each other and against the files they name."""
     found = section_problems("", cfg)
     found += model_problems(cfg.model) + rope_problems(cfg.model, cfg.data.sequence_length) + length_problems(cfg)
-    found += rank_problems(cfg)
+    found += rank_problems(cfg) + position_problems(cfg)
     found += attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
     return found + int8_problems(cfg) + states_problems(cfg) + host_problems(cfg)
 
@@ -63,6 +63,17 @@ def length_problems(cfg: Config) -> list[str]:
     return [
         f"data.sequence_length={asked}: the model takes at most {longest} tokens ({where}); "
         f"use data.sequence_length={longest} or less{remedy}"
+    ]
+
+
+def position_problems(cfg: Config) -> list[str]:
+    """One bucket tells what the loss tells."""
+    first, length = cfg.train.eval_by_position, cfg.data.sequence_length
+    if not first or first < length:
+        return []
+    return [
+        f"train.eval_by_position={first}: puts all of data.sequence_length={length} positions into one bucket; use "
+        f"train.eval_by_position={max(1, length // 16)}, or leave it out"
     ]
 
 

@@ -259,6 +259,7 @@ def begin(
         skipped=where.get("skipped", 0),
         skipped_in_a_row=where.get("skipped_in_a_row", 0),
         first_evaluation=where.get("first_evaluation"),
+        first_by_position=where.get("first_by_position", {}),
     )
 
 

@@ -179,6 +179,9 @@ class TrainConfig:
     """Steps between two lines in metrics.jsonl and on the display."""
     eval_every: int = 50
     """Steps between two held-out evaluations; the first and last step are always evaluated. 0: only those."""
+    eval_by_position: int = 0
+    """Tokens in the first of the buckets that held-out loss is told by: positions within a document, each bucket twice
+    as long as the one before, in metrics.jsonl and plots/loss_by_position.png. 0: one number for all."""
     resume: str = "auto"
     """auto: go on from the newest good checkpoint in the run folder; never: refuse a folder that has one; or a PATH."""
     max_skipped: int = 20
@@ -186,8 +189,9 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = too_small(
-            "train", self, steps=1, global_batch=1, micro_batch=1, log_every=1, eval_every=0, max_skipped=1
-        )
+            "train", self, steps=1, global_batch=1, micro_batch=1, log_every=1, eval_every=0, eval_by_position=0,
+            max_skipped=1,
+        )  # fmt: skip
         if not self.clip_norm >= 0:
             found.append(f"train.clip_norm={self.clip_norm}: must be at least 0; 0 switches clipping off, 1.0 is usual")
         if self.clip_norm == 0 and self.clip_by is not TrainConfig.clip_by:

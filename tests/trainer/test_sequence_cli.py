@@ -42,7 +42,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         "data.sequence_length=33", "data.eval_fraction=0.2", "data.packing=concat", "model.hidden_size=32",
         "model.intermediate_size=48", "model.layers=1", "model.heads=2", "optim=adamw", "precision=fp64",
         "train.steps=4", "train.global_batch=4", "train.micro_batch=4", "train.log_every=1", "train.eval_every=0",
-        "run.device=cpu", "checkpoint.every=2", *more,
+        "train.eval_by_position=8", "run.device=cpu", "checkpoint.every=2", *more,
     ]  # fmt: skip
 
 
@@ -70,7 +70,11 @@ def split(tmp_path: Path) -> Path:
 def test_a_run_says_what_it_costs_and_is_evaluated_by_one_process(split: Path) -> None:
     said = " ".join((split.parent / "said").read_text().split())
     assert "2 ranks share each row, 17 of 33 tokens here; a layer sends" in said
-    assert loss_of(split) == pytest.approx(read_metrics(split / "metrics.jsonl")[-1]["eval_loss"], rel=1e-9)
+    last, alone = read_metrics(split / "metrics.jsonl")[-1], evaluate_run(split, [], None)
+    assert alone.loss == pytest.approx(last["eval_loss"], rel=1e-9)
+    assert list(alone.by_position) == ["0-7", "8-15", "16-31", "32-32"]
+    for name, figures in alone.by_position.items():
+        assert figures == pytest.approx(last["eval_by_position"][name], rel=1e-9)
 
 
 @pytest.mark.slow
