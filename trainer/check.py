@@ -159,6 +159,12 @@ def sequence_problems(cfg: Config, ranks: int) -> list[str]:
             f"parallel.sequence_degree={degree}: does not divide {ranks} ranks; use parallel.sequence_degree="
             f"{' or '.join(map(str, fitting))}"
         ]
+    least = 2 * degree if parallel.sequence is SequenceKind.ring else degree
+    if cfg.data.sequence_length < least:
+        return [
+            f"data.sequence_length={cfg.data.sequence_length}: too short to be shared by {degree} ranks; use "
+            f"data.sequence_length={least} or more, or a smaller parallel.sequence_degree"
+        ]
     if inner is not None and degree % inner:
         return [f"parallel.ulysses_degree={inner}: does not divide the {degree} ranks that share a row; leave it out"]
     return []

@@ -13,6 +13,7 @@ from parallel.traffic import Traffic
 from trainer.build import Built
 from trainer.by_position import buckets_of
 from trainer.checkpoint.store import CheckpointStore
+from trainer.data.shared import SharedStream
 from trainer.data.stream import TrainStream, heldout_batches
 from trainer.errors import TrainingStopped
 from trainer.evaluate import Evaluation, evaluate
@@ -31,7 +32,7 @@ class Run:
     """A training run in progress: what it is made of, where it stands, whom it tells."""
 
     built: Built
-    stream: TrainStream
+    stream: TrainStream | SharedStream
     store: CheckpointStore
     saver: Saver
     recorder: Recorder

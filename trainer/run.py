@@ -13,14 +13,16 @@ from offload.pool import TierError
 from optim.describe import uncoded
 from parallel.collectives import gather_objects
 from parallel.config import EngineName
-from parallel.launch import RanksMissing, World, connected
+from parallel.launch import RanksMissing, World, connected, sequence_group
 from parallel.place import spread_text
 from parallel.watch import RankLost, Watch
 from trainer.build import Built, build
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.checkpoint.room import check_room
 from trainer.checkpoint.store import CheckpointStore
+from trainer.data.shared import SharedStream
 from trainer.data.stream import TrainStream
+from trainer.data.streamed import StreamedRows
 from trainer.environment import environment
 from trainer.errors import RankFailed, TrainingStopped, UserError, first_line
 from trainer.folder import differences, identity, open_folder, plain, save_config
@@ -205,14 +207,7 @@ def begin(
 ) -> Run:
     """Return the run at its first step, or as `checkpoint` left it."""
     cfg, world = built.cfg, built.world
-    stream = TrainStream(
-        built.corpus.train,
-        seed=cfg.seed,
-        global_batch=cfg.train.global_batch,
-        micro_batch=cfg.train.micro_batch,
-        process_rank=world.data_rank,
-        process_count=world.data_count,
-    )
+    stream = open_stream(built)
     where: dict[str, Any] = {}
     if checkpoint is not None:
         restore(checkpoint, built.engine, seed=cfg.seed, rank=world.process_rank, device=world.device)
@@ -261,6 +256,17 @@ def begin(
         first_evaluation=where.get("first_evaluation"),
         first_by_position=where.get("first_by_position", {}),
     )
+
+
+def open_stream(built: Built) -> TrainStream | SharedStream:
+    """Return this rank's steps, from the first one on."""
+    cfg, world, rows = built.cfg, built.world, built.corpus.train
+    make = partial(
+        TrainStream, rows, seed=cfg.seed, global_batch=cfg.train.global_batch, micro_batch=cfg.train.micro_batch,
+        process_rank=world.data_rank, process_count=world.data_count,
+    )  # fmt: skip
+    group = sequence_group(world, cfg.parallel.timeout) if isinstance(rows, StreamedRows) else None
+    return make() if group is None else SharedStream(group, make)
 
 
 def tier_message(training: Run, error: TierError) -> str:

@@ -25,6 +25,8 @@ from trainer.run import run
         (4, ["parallel.sequence=usp", "parallel.ulysses_degree=3"], "does not divide the 4 ranks"),
         (8, ["parallel.sequence=usp", "parallel.sequence_degree=4", "parallel.ulysses_degree=3"], "must divide"),
         (4, ["parallel.sequence=ring", "parallel.sequence_degree=2", "train.global_batch=9"], "x 2 ranks"),
+        (4, ["parallel.sequence=ring", "data.sequence_length=7"], "use data.sequence_length=8 or more"),
+        (4, ["parallel.sequence=ulysses", "data.sequence_length=3"], "use data.sequence_length=4 or more"),
     ],
 )
 def test_a_degree_that_does_not_fit_is_told_with_one_that_does(
