@@ -4,8 +4,8 @@ A line holds `step, tokens, loss, lr, grad_norm, tokens_per_second, seconds, mem
 something to say `eval_loss, eval_perplexity, eval_perplexity_authors, eval_by_position{first-last: {loss, perplexity,
 targets}}, skipped, checkpoint_wait_seconds (that training waited since the line before), subspace{refreshes,
 captured{min, median}, overlap{min, median}}, beside{tier: bytes}` (what lies off the device: `host` and `disk` of
-activations, `states_host`, `states_disk`, `gradients_host`, `weights_host`). The file only ever holds the run that leads
-to its last line: on a resume the lines the interrupted run wrote after its checkpoint are taken out.
+activations, `states_host`, `states_disk`, `gradients_host`, `weights_host`). The file only ever holds the run that
+leads to its last line: on a resume the lines the interrupted run wrote after its checkpoint are taken out.
 """
 
 import contextlib
