@@ -31,10 +31,13 @@ def any_rank(world: World, *flags: int) -> list[int]:
 
 def from_leader(world: World, value: Any) -> Any:
     """Return rank 0's `value` on every rank; any picklable object."""
-    if world.control is None:
-        return value
+    return value if world.control is None else from_first(world.control, value)
+
+
+def from_first(group: dist.ProcessGroup, value: Any) -> Any:
+    """Return on every rank of a gloo `group` the value of its first one; any picklable object."""
     box = [value]
-    dist.broadcast_object_list(box, group=world.control, group_src=0)
+    dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
 
 

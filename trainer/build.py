@@ -41,7 +41,7 @@ from trainer.gate import Gate
 from trainer.loss.head import HeadLoss
 from trainer.matrices import owners_of
 from trainer.memory import MemoryMeter
-from trainer.model import build_model, check_length, check_vocabulary, linear_remarks, model_config
+from trainer.model import build_model, check_length, check_vocabulary, hub_config, linear_remarks, model_config
 from trainer.precision import autocast, int8_matrices, is_mixed, rounding, settled, use_float8_of
 from trainer.rows import Part
 from trainer.schema import Config
@@ -85,6 +85,8 @@ class Built(Trainable):
 
 def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.PretrainedConfig, nn.Module]:
     """Return corpus, model configuration and model: what an evaluation needs."""
+    if cfg.model.path is not None:
+        hub_config(cfg.model)  # what is wrong with it is told before text is read
     corpus = build_corpus(
         cfg.data,
         seed=cfg.seed,
@@ -101,6 +103,7 @@ def build_parts(cfg: Config, world: World) -> tuple[Corpus, transformers.Pretrai
     model = build_model(
         cfg.model, config,
         weights=cfg.precision.weights, int8=int8_matrices(cfg), device=world.device, seed=cfg.seed, share=share,
+        length=cfg.data.sequence_length,
     )  # fmt: skip
     if not next(model.parameters()).is_meta:
         try_out(cfg, world, model, corpus.vocab_size)

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from offload.config import Fate
 from parallel.config import Matrices, SequenceKind
-from trainer.check_model import is_read, longest_sequence, model_problems, smallest_side
+from trainer.check_model import is_read, length_before, longest_sequence, model_problems, smallest_side
 from trainer.check_offload import gradients_problems, host_problems, states_problems, tier_problems
 from trainer.engines import deepspeed_config
 from trainer.errors import UserError
 from trainer.loss.config import LossConfig, LossKind
+from trainer.rope.check import rope_problems
+from trainer.rope.config import SCALED, RopeType
 from trainer.schema import Attention, Config, Device, Dtype, LinearKind
 from trainer.track import track_problems
 
@@ -26,36 +28,53 @@ from trainer.track import track_problems
 def problems(cfg: Config) -> list[str]:
     """Check every section by itself, then the sections against each other and against the files they name."""
     found = section_problems("", cfg)
-    for entry in fields(cfg):
-        section = getattr(cfg, entry.name)
-        if is_dataclass(section):
-            found += section_problems(f"{entry.name}.", section)
-    found += model_problems(cfg.model) + length_problems(cfg) + rank_problems(cfg)
+    found += model_problems(cfg.model) + rope_problems(cfg.model, cfg.data.sequence_length) + length_problems(cfg)
+    found += rank_problems(cfg) + position_problems(cfg)
     found += attention_problems(cfg) + clip_problems(cfg) + library_problems(cfg)
     return found + int8_problems(cfg) + states_problems(cfg) + host_problems(cfg)
 
 
 def section_problems(prefix: str, section: object) -> list[str]:
-    """Refuse NaN and infinity in any option; where there is none, ask the section itself."""
-    found = []
+    """Refuse NaN and infinity in any option; where there is none, ask the section itself; then the sections in it."""
+    found, inner = [], []
     for entry in fields(section):  # type: ignore[arg-type]
         value = getattr(section, entry.name)
+        if is_dataclass(value):
+            inner += section_problems(f"{prefix}{entry.name}.", value)
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             found.append(f"{prefix}{entry.name}={value}: must be a finite number")
     own = getattr(section, "problems", None)
-    return found or (own() if own is not None else [])
+    return (found or (own() if own is not None else [])) + inner
 
 
 def length_problems(cfg: Config) -> list[str]:
-    longest, asked = longest_sequence(cfg.model), cfg.data.sequence_length
-    if longest is None or asked <= longest:
+    model, asked = cfg.model, cfg.data.sequence_length
+    longest, before = longest_sequence(model), length_before(model)
+    if longest is None or asked <= longest or (model.rope.type in SCALED and model.rope.factor is None):
         return []
-    remedy = "" if is_read(cfg.model) else f", or model.max_length={asked}"
-    where = f"{cfg.model.path}/config.json" if is_read(cfg.model) else f"model.max_length={longest}"
+    where = f"{model.path}/config.json" if is_read(model) else f"model.max_length={before}"
+    remedy = "" if is_read(model) else f", model.max_length={asked}"
+    factor = math.ceil(asked * model.rope.times / longest)
+    if model.rope.type is RopeType.keep:
+        remedy += f", or extend it, as with model.rope.type=yarn model.rope.factor={factor}"
+    else:
+        where += f", model.rope.factor={model.rope.times:g}"
+        remedy += f", or model.rope.factor={factor}"
     return [
         f"data.sequence_length={asked}: the model takes at most {longest} tokens ({where}); "
         f"use data.sequence_length={longest} or less{remedy}"
+    ]
+
+
+def position_problems(cfg: Config) -> list[str]:
+    """One bucket tells what the loss tells."""
+    first, length = cfg.train.eval_by_position, cfg.data.sequence_length
+    if not first or first < length:
+        return []
+    return [
+        f"train.eval_by_position={first}: puts all of data.sequence_length={length} positions into one bucket; use "
+        f"train.eval_by_position={max(1, length // 16)}, or leave it out"
     ]
 
 
@@ -89,8 +108,8 @@ def attention_problems(cfg: Config) -> list[str]:
     linear_only = cfg.model.path is None and cfg.model.linear is not LinearKind.none and not cfg.model.softmax_every
     if cfg.activations.attention is Fate.keep and linear_only:
         found.append(
-            f"activations.attention=keep: has no effect with model.linear={cfg.model.linear.value}, none of whose layers "
-            "attends by softmax; leave it out, or use model.softmax_every=N"
+            f"activations.attention=keep: has no effect with model.linear={cfg.model.linear.value}, whose layers "
+            "do not attend by softmax; leave it out, or use model.softmax_every=N"
         )
     if cfg.model.attention is not Attention.flash_attention_2:
         return found
@@ -151,6 +170,12 @@ def sequence_problems(cfg: Config, ranks: int) -> list[str]:
         return [
             f"parallel.sequence_degree={degree}: does not divide {ranks} ranks; use parallel.sequence_degree="
             f"{' or '.join(map(str, fitting))}"
+        ]
+    least = 2 * degree if parallel.sequence is SequenceKind.ring else degree
+    if cfg.data.sequence_length < least:
+        return [
+            f"data.sequence_length={cfg.data.sequence_length}: too short to be shared by {degree} ranks; use "
+            f"data.sequence_length={least} or more, or a smaller parallel.sequence_degree"
         ]
     if inner is not None and degree % inner:
         return [f"parallel.ulysses_degree={inner}: does not divide the {degree} ranks that share a row; leave it out"]

@@ -176,7 +176,24 @@ def weights_problems(asked: str, path: Path) -> list[str]:
 
 def longest_sequence(model: ModelConfig) -> int | None:
     """Return the most tokens the model takes, None where that can't be known yet (a hub name)."""
+    return model.rope.longest(length_before(model), file_rope(model))
+
+
+def length_before(model: ModelConfig) -> int | None:
+    """Return the most tokens the model takes without `model.rope`, None where that can't be known yet."""
     return file_number(model, LENGTH_KEYS) if is_read(model) else model.max_length
+
+
+def file_rope(model: ModelConfig) -> dict[str, Any]:
+    """Return how a local model's config.json says that its rotary positions are scaled; empty where it does not."""
+    config = read_json(Path(str(model.path)) / "config.json") if is_read(model) and model.path else None
+    for part in text_parts(config):
+        held = part.get("rope_parameters") or part.get("rope_scaling")
+        if isinstance(held, dict):
+            held = dict(held.get("full_attention") or held)  # families with parameters for each kind of layer
+            outside = part.get("original_max_position_embeddings")  # Phi-3
+            return held | ({"original_max_position_embeddings": outside} if isinstance(outside, int) else {})
+    return {}
 
 
 def smallest_side(model: ModelConfig) -> int | None:
@@ -189,11 +206,17 @@ def smallest_side(model: ModelConfig) -> int | None:
 def file_number(model: ModelConfig, keys: tuple[str, ...]) -> int | None:
     """Return the first of `keys` in a local model's config.json that is a number."""
     config = read_json(Path(str(model.path)) / "config.json") if model.path else None
-    for part in (config, config.get("text_config") if isinstance(config, dict) else None):
+    for part in text_parts(config):
         for key in keys:
-            if isinstance(part, dict) and isinstance(part.get(key), int):
+            if isinstance(part.get(key), int):
                 return int(part[key])
     return None
+
+
+def text_parts(config: Any) -> list[dict[str, Any]]:
+    """Return where a config.json may say something of the part that reads text."""
+    parts = (config, config.get("text_config") if isinstance(config, dict) else None)
+    return [part for part in parts if isinstance(part, dict)]
 
 
 def read_json(path: Path) -> Any:

@@ -76,6 +76,7 @@ def load_model(
         device=world.device,
         seed=cfg.seed,
         share=share,
+        length=cfg.data.sequence_length,
     )
     if share is not None:
         place(cfg, world, model)

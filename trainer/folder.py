@@ -136,14 +136,18 @@ DATA_ORDER = (
 
 
 def identity(cfg: Config) -> dict[str, dict[str, Any]]:
-    """Return what a checkpoint must agree on: `state` to be loadable at all, `order` to go on in the same data."""
+    """Return what a checkpoint must agree on: `state` to be loadable at all, `order` to go on in the same data,
+    `positions` to go on as the same model, which a run of its own may change: it is then extended."""
     values = plain(cfg)
     model = {
-        f"model.{k}": v for k, v in values["model"].items() if k not in ("trust_remote_code", "attention", "weights")
+        f"model.{k}": v
+        for k, v in values["model"].items()
+        if k not in ("trust_remote_code", "attention", "weights", "rope")
     }
     state = {**model, "optim.name": values["optim"]["name"], "precision.weights": values["precision"]["weights"]}
     order = {"seed": values["seed"], **{f"data.{key}": values["data"][key] for key in DATA_ORDER}}
-    return {"state": state, "order": order}
+    positions = {f"model.rope.{k}": v for k, v in values["model"]["rope"].items() if v not in (None, "keep")}
+    return {"state": state, "order": order, "positions": positions}
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -11,7 +11,9 @@ from optim.schedule import multiplier
 from parallel.collectives import sum_over_ranks
 from parallel.traffic import Traffic
 from trainer.build import Built
+from trainer.by_position import buckets_of
 from trainer.checkpoint.store import CheckpointStore
+from trainer.data.shared import SharedStream
 from trainer.data.stream import TrainStream, heldout_batches
 from trainer.errors import TrainingStopped
 from trainer.evaluate import Evaluation, evaluate
@@ -30,7 +32,7 @@ class Run:
     """A training run in progress: what it is made of, where it stands, whom it tells."""
 
     built: Built
-    stream: TrainStream
+    stream: TrainStream | SharedStream
     store: CheckpointStore
     saver: Saver
     recorder: Recorder
@@ -42,6 +44,7 @@ class Run:
     skipped: int = 0
     skipped_in_a_row: int = 0
     first_evaluation: float | None = None
+    first_by_position: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     subspaces: dict[str, Any] | None = None
     """How well the optimizer's subspaces fit at their newest refreshes, as last written."""
@@ -74,6 +77,7 @@ class Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.throughput.seconds,
             "first_evaluation": self.first_evaluation,
+            "first_by_position": self.first_by_position,
             "previous_norm": self.built.in_backward.previous if self.built.in_backward is not None else None,
             "identity": identity(self.built.cfg),
             "data_fingerprint": self.built.corpus.fingerprint,
@@ -169,9 +173,12 @@ def measure(run: Run) -> None:
             process_count=world.data_count,
             limit=cfg.data.eval_rows,
         )
-        run.evaluation = evaluate(run.built.model, run.built.loss, batches, world, cfg.precision, run.built.strategy)
+        buckets = buckets_of(cfg.train.eval_by_position, cfg.data.sequence_length)
+        run.evaluation = evaluate(
+            run.built.model, run.built.loss, batches, world, cfg.precision, run.built.strategy, buckets
+        )
     if run.first_evaluation is None:
-        run.first_evaluation = run.evaluation.loss
+        run.first_evaluation, run.first_by_position = run.evaluation.loss, run.evaluation.by_position
     run.recorder.record(
         {
             "step": run.step,
@@ -180,6 +187,7 @@ def measure(run: Run) -> None:
             "eval_loss": run.evaluation.loss,
             "eval_perplexity": run.evaluation.perplexity,
             "eval_perplexity_authors": run.evaluation.authors_perplexity,
+            "eval_by_position": run.evaluation.by_position or None,
         },
         eta=run.throughput.eta,
     )

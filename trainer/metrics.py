@@ -1,11 +1,11 @@
 """`metrics.jsonl`: one line a logged step, and the clock behind its `tokens_per_second`.
 
-A line holds `step, tokens, loss, lr, grad_norm, tokens_per_second, seconds, memory{kind: bytes}`, and `eval_loss,
-eval_perplexity, eval_perplexity_authors, skipped, checkpoint_wait_seconds (that training waited since the line
-before), subspace{refreshes, captured{min, median}, overlap{min, median}},
-beside{tier: bytes}` (what lies off the device: `host` and `disk` of activations, `states_host`, `states_disk`,
-`gradients_host`, `weights_host`) where there is something to say. The file only ever holds the run
-that leads to its last line: on a resume the lines the interrupted run wrote after its checkpoint are taken out.
+A line holds `step, tokens, loss, lr, grad_norm, tokens_per_second, seconds, memory{kind: bytes}`, and where there is
+something to say `eval_loss, eval_perplexity, eval_perplexity_authors, eval_by_position{first-last: {loss, perplexity,
+targets}}, skipped, checkpoint_wait_seconds (that training waited since the line before), subspace{refreshes,
+captured{min, median}, overlap{min, median}}, beside{tier: bytes}` (what lies off the device: `host` and `disk` of
+activations, `states_host`, `states_disk`, `gradients_host`, `weights_host`). The file only ever holds the run that
+leads to its last line: on a resume the lines the interrupted run wrote after its checkpoint are taken out.
 """
 
 import contextlib

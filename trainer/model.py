@@ -17,6 +17,8 @@ from trainer.errors import UserError, first_line
 from trainer.linear_config import LINEAR, SOFTMAX, LinearLlamaConfig
 from trainer.linear_llama import LinearLlamaForCausalLM
 from trainer.precision import Int8Matrices, torch_dtype, widen
+from trainer.rope.frequencies import check_heeded, pin_length
+from trainer.rope.scaling import extend, longest_of
 from trainer.rows import Part, draw_rows, without_storage
 from trainer.schema import Dtype, Initial, LinearKind, ModelConfig
 from trainer.sizes import ROUND_VOCABULARY
@@ -40,7 +42,7 @@ def model_config(
     kind, linear = (
         (transformers.LlamaConfig, {}) if cfg.linear is LinearKind.none else (LinearLlamaConfig, linear_layers(cfg))
     )
-    return kind(  # type: ignore[no-any-return]
+    config = kind(
         **linear,
         vocab_size=vocabulary,
         hidden_size=cfg.hidden_size,
@@ -58,6 +60,8 @@ def model_config(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    extend(config, cfg.rope)
+    return config
 
 
 def linear_layers(cfg: ModelConfig) -> dict[str, Any]:
@@ -69,9 +73,15 @@ def linear_layers(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
-    """Read the configuration of `cfg.path`, a local folder or a hub name."""
+    """Read the configuration of `cfg.path`, a local folder or a hub name, with the positions of `cfg.rope`.
+
+    Raises:
+        UserError: it cannot be read, or has no such positions.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            cfg.path, trust_remote_code=cfg.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         what = (
             "the folder's config.json cannot be read" if Path(str(cfg.path)).is_dir() else "no such folder or hub model"
@@ -80,6 +90,8 @@ def hub_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
             f"model.path={cfg.path}: {what} ({first_line(error)}). Give a folder that holds a transformers "
             "model (config.json and *.safetensors), or a hub name reachable from here."
         ) from error
+    extend(config, cfg.rope)
+    return config
 
 
 def build_model(
@@ -89,19 +101,23 @@ def build_model(
     weights: Dtype,
     device: torch.device,
     seed: int,
+    length: int | None = None,
     int8: Int8Matrices | None = None,
     share: Part | None = None,
 ) -> nn.Module:
     """Make the model on `device` with weights in `weights`, from `seed` or from `cfg.path`, in training mode.
 
     Args:
+        length: tokens in a row, for rotary positions that depend on it (`trainer.rope.frequencies`); None for a model
+            that will not run.
         int8: what of it to keep in int8. Such a model begins in the host's memory and arrives on `device` one matrix
             after the other, where it would not fit in full.
         share: of each parameter, the part to keep. Parameters then have no storage and carry that part as attribute
             `rows`, for `parallel.shard` or DeepSpeed, and no more than one of them was ever held whole.
 
     Raises:
-        UserError: the folder has no safetensors, its weights do not fit its own configuration, or `int8` finds none.
+        UserError: the folder has no safetensors, its weights do not fit its own configuration, `int8` finds none, or
+            the model does not heed `cfg.rope`.
     """
     options: dict[str, Any] = {"attn_implementation": cfg.attention.value, "trust_remote_code": cfg.trust_remote_code}
     # fp64 starts from the fp32 draw, so that both precisions train the same model.
@@ -144,6 +160,9 @@ def build_model(
         model.to(device)
     if weights is Dtype.fp64:
         widen(model)
+    check_heeded(model, cfg.rope)
+    if length is not None:
+        pin_length(model, length)
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache would also switch off the mask between packed documents
     model.train()
     return model
@@ -200,7 +219,7 @@ def check_vocabulary(config: transformers.PretrainedConfig, need: int) -> None:
 
 def check_length(config: transformers.PretrainedConfig, sequence_length: int) -> None:
     """Refuse rows longer than the positions the model knows."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_of(config)
     if longest is not None and sequence_length > longest:
         raise UserError(
             f"data.sequence_length={sequence_length}: the model accepts at most {longest} tokens. "

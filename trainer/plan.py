@@ -112,7 +112,10 @@ def predict(cfg: Config, config: transformers.PretrainedConfig, *, ranks: int, d
     weights, int8 = cfg.precision.weights, int8_matrices(cfg)
     generators = random_tensors(0, torch.device("cpu"))
     with undisturbed(device), pretended_ranks(cfg.parallel, ranks), FakeTensorMode():
-        model = build_model(from_scratch, deepcopy(config), weights=weights, int8=int8, device=device, seed=cfg.seed)
+        model = build_model(
+            from_scratch, deepcopy(config), weights=weights, int8=int8, device=device, seed=cfg.seed,
+            length=cfg.data.sequence_length,
+        )  # fmt: skip
         trainable = make_trainable(cfg, world, model)
         elsewhere = trainable.activations.ledger if trainable.activations else None
         meter = MemoryMeter(

@@ -5,7 +5,13 @@ what the last run here measured: runs.jsonl, loss.csv, resolved.yaml, versions.t
 
     # claim.yaml
     claim: one sentence
-    arms: {adamw: [optim=adamw], galore: [optim=galore, optim.rank=64]}   # overrides of each arm
+    arms:
+      adamw: [optim=adamw]                        # overrides
+      galore: [optim=galore, optim.rank=64]
+      longer:                                     # a stage: begins with the weights that another arm ends with
+        after: adamw
+        ranks: 2                                  # processes, started by torchrun
+        overrides: [optim=adamw, data.sequence_length=4096, parallel.sequence=ring]
     seeds: [0, 1, 2]
     metrics: [eval_perplexity, state_bytes]       # keys of summary.json shown in the table, nested ones with dots
     checks:
@@ -89,17 +95,40 @@ class Check:
 
 
 @dataclass(kw_only=True)
+class Arm:
+    """One of the ways of training that are compared."""
+
+    overrides: list[str] = field(default_factory=list)
+    after: str | None = None
+    """An arm before it, whose exported weights this one reads (`model=hf`) in place of drawing its own."""
+    ranks: int = 1
+
+    def problems(self, name: str, before: Sequence[str]) -> list[str]:
+        """Args: before: arms that are run earlier."""
+        found = []
+        if self.after is not None and self.after not in before:
+            known = ", ".join(before) or "none"
+            found.append(f"arm {name!r}: after: {self.after} is no arm before it; those are: {known}")
+        if self.ranks < 1:
+            found.append(f"arm {name!r}: ranks: {self.ranks} must be at least 1")
+        return found
+
+
+@dataclass(kw_only=True)
 class Claim:
     """What a recipe promises, and the runs that show it."""
 
     claim: str
-    arms: dict[str, list[str]] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     metrics: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
 
     def problems(self) -> list[str]:
+        names = list(self.arms)
         found = [problem for check in self.checks for problem in check.problems(self.arms)]
+        for place, name in enumerate(names):
+            found += self.arms[name].problems(name, names[:place])
         if not self.arms or not self.seeds or not self.checks:
             found.append("needs at least one arm, one seed and one check")
         return found
@@ -194,6 +223,16 @@ def mapping(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def with_arms(content: dict[str, Any]) -> dict[str, Any]:
+    """Write an arm that is a list, of its overrides, as what it is short for."""
+    arms = content.get("arms")
+    if not isinstance(arms, dict):
+        return content
+    return content | {
+        "arms": {name: {"overrides": arm} if isinstance(arm, list) else arm for name, arm in arms.items()}
+    }
+
+
 def read(name: str) -> Recipe:
     """Read a recipe with its claim.
 
@@ -205,7 +244,7 @@ def read(name: str) -> Recipe:
     if not path.is_file():
         raise UserError(f"{path}: no such file, so the recipe claims nothing; its form is in trainer/recipes.py")
     try:
-        claim = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Claim), mapping(path)))
+        claim = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Claim), with_arms(mapping(path))))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: {error.full_key or 'claim'}: {reason}; the form is in trainer/recipes.py") from error

@@ -13,14 +13,16 @@ from offload.pool import TierError
 from optim.describe import uncoded
 from parallel.collectives import gather_objects
 from parallel.config import EngineName
-from parallel.launch import RanksMissing, World, connected
+from parallel.launch import RanksMissing, World, connected, sequence_group
 from parallel.place import spread_text
 from parallel.watch import RankLost, Watch
 from trainer.build import Built, build
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.checkpoint.room import check_room
 from trainer.checkpoint.store import CheckpointStore
+from trainer.data.shared import SharedStream
 from trainer.data.stream import TrainStream
+from trainer.data.streamed import StreamedRows
 from trainer.environment import environment
 from trainer.errors import RankFailed, TrainingStopped, UserError, first_line
 from trainer.folder import differences, identity, open_folder, plain, save_config
@@ -28,6 +30,7 @@ from trainer.loop import Run, save, train
 from trainer.memory import by_kind_line, format_bytes
 from trainer.metrics import Throughput
 from trainer.recorder import Recorder
+from trainer.rope.scaling import rope_text
 from trainer.saver import Saver
 from trainer.schema import Config, Dtype
 from trainer.sequence import sequence_text
@@ -91,6 +94,8 @@ def run_watched(cfg: Config) -> Result:
         laid_out = spread_text(world, cfg.parallel) if cfg.parallel.engine is EngineName.torch else None
         if laid_out:
             recorder.notice(laid_out)
+        if positions := rope_text(built.model_config, cfg.model.rope, cfg.data.sequence_length):
+            recorder.notice(positions)
         if built.strategy is not None:
             recorder.notice(sequence_text(cfg, world, built.model_config, built.strategy))
         training = begin(built, store, recorder, stop, checkpoint)
@@ -191,6 +196,12 @@ def find_checkpoint(cfg: Config, store: CheckpointStore) -> Checkpoint | None:
             f"{checkpoint.path} was trained on other data ({'; '.join(found)}). Give its own options, or "
             f"start a run of its own from it with another run.dir and train.resume={checkpoint.path}."
         )
+    found = differences(saved.get("positions", {}), asked["positions"])  # absent: from before there were any
+    if found and cfg.train.resume == "auto":
+        raise UserError(
+            f"{checkpoint.path} was trained with other rotary positions ({'; '.join(found)}). Give its own options, or "
+            f"extend it in a run of its own with another run.dir and train.resume={checkpoint.path}."
+        )
     return checkpoint
 
 
@@ -199,14 +210,7 @@ def begin(
 ) -> Run:
     """Return the run at its first step, or as `checkpoint` left it."""
     cfg, world = built.cfg, built.world
-    stream = TrainStream(
-        built.corpus.train,
-        seed=cfg.seed,
-        global_batch=cfg.train.global_batch,
-        micro_batch=cfg.train.micro_batch,
-        process_rank=world.data_rank,
-        process_count=world.data_count,
-    )
+    stream = open_stream(built)
     where: dict[str, Any] = {}
     if checkpoint is not None:
         restore(checkpoint, built.engine, seed=cfg.seed, rank=world.process_rank, device=world.device)
@@ -253,7 +257,19 @@ def begin(
         skipped=where.get("skipped", 0),
         skipped_in_a_row=where.get("skipped_in_a_row", 0),
         first_evaluation=where.get("first_evaluation"),
+        first_by_position=where.get("first_by_position", {}),
     )
+
+
+def open_stream(built: Built) -> TrainStream | SharedStream:
+    """Return this rank's steps, from the first one on."""
+    cfg, world, rows = built.cfg, built.world, built.corpus.train
+    make = partial(
+        TrainStream, rows, seed=cfg.seed, global_batch=cfg.train.global_batch, micro_batch=cfg.train.micro_batch,
+        process_rank=world.data_rank, process_count=world.data_count,
+    )  # fmt: skip
+    group = sequence_group(world, cfg.parallel.timeout) if isinstance(rows, StreamedRows) else None
+    return make() if group is None else SharedStream(group, make)
 
 
 def tier_message(training: Run, error: TierError) -> str:

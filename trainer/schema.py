@@ -16,6 +16,7 @@ from optim.config import DEFAULT_TARGETS, OptimConfig, ScheduleConfig
 from parallel.config import ParallelConfig
 from trainer.data.config import DataConfig
 from trainer.loss.config import LossConfig
+from trainer.rope.config import RopeConfig
 
 
 class Device(Enum):
@@ -155,11 +156,13 @@ class ModelConfig:
     vocab_size: int | None = None
     """Default: the tokenizer's size, rounded up to a multiple of 8; llama_60m and larger say 32000."""
     max_length: int | None = 2048
-    """Longest sequence the model accepts (max_position_embeddings)."""
+    """Longest sequence the model accepts (max_position_embeddings), before `model.rope` extends it."""
     tie_embeddings: bool | None = False
     """Whether the output head shares the embedding's weights."""
     rope_theta: float | None = 10000.0
     """Base of the rotary position embedding."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """How positions are told apart beyond the length that the model was trained with."""
     dropout: float | None = 0.0
     """Attention dropout."""
     linear: LinearKind = LinearKind.none
@@ -192,6 +195,9 @@ class TrainConfig:
     """Steps between two lines in metrics.jsonl and on the display."""
     eval_every: int = 50
     """Steps between two held-out evaluations; the first and last step are always evaluated. 0: only those."""
+    eval_by_position: int = 0
+    """Tokens in the first of the buckets that held-out loss is told by: positions within a document, each bucket twice
+    as long as the one before, in metrics.jsonl and plots/loss_by_position.png. 0: one number for all."""
     resume: str = "auto"
     """auto: go on from the newest good checkpoint in the run folder; never: refuse a folder that has one; or a PATH."""
     max_skipped: int = 20
@@ -199,8 +205,9 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = too_small(
-            "train", self, steps=1, global_batch=1, micro_batch=1, log_every=1, eval_every=0, max_skipped=1
-        )
+            "train", self, steps=1, global_batch=1, micro_batch=1, log_every=1, eval_every=0, eval_by_position=0,
+            max_skipped=1,
+        )  # fmt: skip
         if not self.clip_norm >= 0:
             found.append(f"train.clip_norm={self.clip_norm}: must be at least 0; 0 switches clipping off, 1.0 is usual")
         if self.clip_norm == 0 and self.clip_by is not TrainConfig.clip_by:

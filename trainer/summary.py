@@ -11,6 +11,7 @@ from parallel.config import EngineName
 from parallel.dtensor import local
 from trainer.build import Built
 from trainer.display.plots import plot_loss, plot_memory
+from trainer.display.position_plot import plot_by_position
 from trainer.display.progress import RunInfo
 from trainer.display.report import Memory, Outcome, print_report
 from trainer.errors import first_line
@@ -23,6 +24,8 @@ from trainer.plan import predict
 from trainer.plan_report import host_workspace
 from trainer.precision import precision_text, torch_dtype
 from trainer.schema import Config
+
+BY_POSITION = "loss_by_position.png"
 
 
 def run_info(built: Built, folder: RunFolder) -> RunInfo:
@@ -90,13 +93,10 @@ def figures(run: Run) -> dict[str, Any]:
         "checkpoint_wait_seconds": run.saver.waited,
         "eval_loss_first": run.first_evaluation,
     }
+    if run.first_by_position:
+        found["eval_by_position_first"] = run.first_by_position
     if run.evaluation is not None:
-        found |= {
-            "eval_loss": run.evaluation.loss,
-            "eval_perplexity": run.evaluation.perplexity,
-            "eval_perplexity_authors": run.evaluation.authors_perplexity,
-            "eval_targets": run.evaluation.targets,
-        }
+        found |= run.evaluation.to_json()
     if fit := subspaces_of(run.built):
         found["subspace"] = fit
     if run.timelines:
@@ -140,6 +140,7 @@ def outcome(run: Run, folder: RunFolder, summary: dict[str, Any]) -> Outcome:
         written={
             "run folder": folder.path,
             "loss plot": folder.plots / "loss.png",
+            **({"by position": folder.plots / BY_POSITION} if run.first_by_position else {}),
             "memory plot": folder.plots / "memory.png",
             "figures": folder.metrics,
             "checkpoint": run.store.folder,
@@ -175,9 +176,11 @@ def draw(run: Run, folder: RunFolder, warn: Callable[[str], None], predicted: di
         folder.write_json("memory.json", {"predicted": expected["predicted"], "measured": measured, "host": host})
     records = read_metrics(folder.metrics)
     try:
-        plot_loss(records, folder.plots / "loss.png", title=f"Loss: {run.built.cfg.run.name}")
+        name = run.built.cfg.run.name
+        plot_loss(records, folder.plots / "loss.png", title=f"Loss: {name}")
+        plot_by_position(records, folder.plots / BY_POSITION, title=f"Loss by position: {name}")
         if run.timelines:
-            name, timeline = list(run.timelines.items())[-1]
-            plot_memory(timeline, folder.plots / "memory.png", title=f"Memory over one step ({name})")
+            step, timeline = list(run.timelines.items())[-1]
+            plot_memory(timeline, folder.plots / "memory.png", title=f"Memory over one step ({step})")
     except Exception as error:
         warn(f"no plots: {type(error).__name__}: {error}")

@@ -163,6 +163,11 @@ AXES: tuple[Axis, ...] = (
         v("concat", "data.packing=concat"),
         v("best_fit", "data.packing=best_fit"),
     )),
+    Axis("rope", "how positions are told apart beyond the length a model was first trained with", True, (
+        v("own"),
+        v("yarn", "model.max_length=4", "model.rope.type=yarn", "model.rope.factor=4"),
+        v("dynamic", "model.max_length=8", "model.rope.type=dynamic", "model.rope.factor=2"),
+    )),
     Axis("ranks", "processes (gloo)", False, tuple(v(n, ranks=n) for n in (1, 2, 3, 4))),
     Axis("zero", "what is sharded over the ranks", False, (v(0), *(v(n, f"parallel.zero={n}") for n in (1, 2, 3)))),
     Axis("replicas", "groups of ranks that hold the whole each", False, (v(1), v(2, "parallel.replicas=2"))),

@@ -1,13 +1,14 @@
 """What a rank sends in a step is what the formulas of the stage and of the method say, to the byte."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from optim.projection import side_of
 from parallel.config import Matrices
-from parallel.launch import connected
+from parallel.launch import World, connected
 from parallel.mesh import shard_rows
 from parallel.traffic import Traffic
 from tests.parallel.sharded import BASE, make, on_each_rank, step_batch
@@ -141,3 +142,29 @@ def test_a_rank_sends_what_the_formulas_say_and_never_a_gradient_for_a_basis(cou
             assert sent == pytest.approx(wanted, abs=8), what
             if "zero=2" in what or "zero=3" in what:  # at stage 1 weights are gathered after the step
                 assert refresh < matrix, f"{what}: {refresh} bytes in one collective, a gradient has {matrix}"
+
+
+def of_gradients(cases: list[list[str]]) -> list[dict[str, int]]:
+    """Bytes that this rank sends in a steady step, but for those of attention."""
+    found = []
+    with connected(load(BASE).parallel, "cpu", 1) as alone:
+        for overrides in cases:
+            world = replace(alone, sequence_degree=load([*BASE, *overrides]).parallel.degree(alone.process_count))
+            built = make([*BASE, "precision=fp32", *overrides], world)
+            reader = World(world.data_rank, world.data_count)  # ranks that share rows read the same
+            for step in range(2):
+                train_step(built, step_batch(built.cfg, reader, step), step, 0)
+            with Traffic(world.control) as steady:
+                train_step(built, step_batch(built.cfg, reader, 2), 2, 0)
+            assert bool(steady.sent["send"]) is (world.sequence_degree > 1)
+            found.append({kind: size for kind, size in steady.sent.items() if size and kind != "send"})
+    return found
+
+
+def test_ranks_that_share_rows_sum_their_gradients_with_those_of_all_once() -> None:
+    """As many bytes as where each has rows of its own, in the same collectives."""
+    stages = [f"parallel.zero={zero}" for zero in (0, 3)]
+    plain = [[stage, "train.micro_batch=6"] for stage in stages]
+    shared = [[stage, "train.micro_batch=12", "parallel.sequence=ring"] for stage in stages]
+    for found in on_each_rank(2, of_gradients, [*plain, *shared]):
+        assert found[: len(plain)] == found[len(plain) :]

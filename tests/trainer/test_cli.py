@@ -16,7 +16,7 @@ from trainer import check
 from trainer.cli import main as cli
 from trainer.cli import store
 from trainer.cli.compose import load, load_saved, to_yaml
-from trainer.cli.overrides import hints
+from trainer.cli.overrides import dotted, hints
 from trainer.cli.packages import check_packages
 from trainer.errors import TrainingStopped, UserError
 from trainer.recipes import ROOT
@@ -137,7 +137,7 @@ def test_help_has_every_option_and_choice_and_fits_100_columns(capsys: Output) -
     cfg = load([])
     for section in fields(cfg):
         value = getattr(cfg, section.name)
-        names = [f"{section.name}.{option.name}" for option in fields(value)] if is_dataclass(value) else [section.name]
+        names = dotted(f"{section.name}.", type(value)) if is_dataclass(value) else [section.name]
         for name in names:
             assert f"\n  {name} " in said or name == "recipe", name
     for group, choices in store.groups().items():
@@ -248,9 +248,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_eval_and_export_find_the_run_and_hand_it_over(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
     run = saved_run(tmp_path / "runs/train/today", 10, 20)
     assert cli.main(["eval", str(run), "data.eval_rows=0", "--step", "10"]) == 0
-    assert cli.main(["eval", str(tmp_path / "runs/train")]) == 0
+    assert cli.main(["eval", str(tmp_path / "runs/train"), "--json"]) == 0
     assert cli.main(["export", str(run), str(tmp_path / "out"), "--step", "20"]) == 0
-    assert calls == [(run, ["data.eval_rows=0"], 10), (run, [], None), (run, tmp_path / "out", 20)]
+    assert calls == [(run, ["data.eval_rows=0"], 10, False), (run, [], None, True), (run, tmp_path / "out", 20)]
 
 
 @pytest.mark.parametrize(

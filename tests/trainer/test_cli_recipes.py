@@ -58,7 +58,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     seen: list[list[str]] = []
 
     def start(job: Job) -> Process:
-        overrides = job.overrides
+        overrides = job.arguments
         seen.append(overrides)
         cfg = load(overrides)
         folder = Path(str(cfg.run.dir))
@@ -127,7 +127,7 @@ def test_a_batch_that_was_interrupted_goes_on_with_what_it_lacks(
 
     def interrupted(job: Job) -> Process:
         if len(trained) == 3:
-            folder = Path(str(load(job.overrides).run.dir))
+            folder = Path(str(load(job.arguments).run.dir))
             folder.mkdir(parents=True)
             return Process(3)
         return whole(job)  # type: ignore[return-value]
@@ -137,7 +137,7 @@ def test_a_batch_that_was_interrupted_goes_on_with_what_it_lacks(
     assert [cfg.seed for cfg in map(load, trained)] == [0, 0, 1], "all arms of a seed come before the next seed"
 
     def going_on(job: Job) -> Process:
-        Path(str(load(job.overrides).run.dir)).rmdir()
+        Path(str(load(job.arguments).run.dir)).rmdir()
         return whole(job)  # type: ignore[return-value]
 
     monkeypatch.setattr(recipe_jobs, "start", going_on)
@@ -244,6 +244,115 @@ def test_ratios_are_taken_seed_by_seed() -> None:
     check = Check(name="c", arm="b", metric="x.y", over_arm="a", expected=1, tolerance=1)
     runs = {("a", 0): {"x": {"y": 2}}, ("b", 0): {"x": {"y": 1}}, ("a", 1): {"x": {"y": 1}}, ("b", 1): {"x": {"y": 3}}}
     assert check.values(runs, [0, 1, 2]) == [0.5, 3.0]
+
+
+def test_a_job_that_needs_what_another_leaves_begins_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    class Leaves(Process):
+        def poll(self) -> int | None:
+            if begun == ["a", "c"]:  # and not yet b
+                (tmp_path / "left").touch()
+                self.returncode = 0
+            return self.returncode
+
+    def start(job: Job) -> Process:
+        begun.append(job.name)
+        return Leaves(None) if job.name == "a" else Process(0)
+
+    monkeypatch.setattr(recipe_jobs, "start", start)
+    run_jobs([Job("a", []), Job("b", [], needs=tmp_path / "left"), Job("c", [])], at_once=2)
+    assert begun == ["a", "c", "b"]
+
+
+STAGES = """
+claim: b begins where a ends
+arms:
+  a: [model.max_length=256, optim=adamw]
+  b:
+    {after: a, ranks: 2, overrides: [model.rope.type=yarn, model.rope.factor=4, data.sequence_length=1024, optim=adamw]}
+  c: {after: b, overrides: [model.rope.type=yarn, model.rope.factor=8, data.sequence_length=2048, optim=adamw]}
+seeds: [0, 1]
+metrics: [eval_loss]
+checks: [{name: loss, arm: c, metric: eval_loss, over_arm: a, at_most: 1.0}]
+"""
+
+
+def test_a_stage_begins_with_the_weights_that_the_arm_before_it_ends_with(
+    recipe: Path, trained: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    (recipe / "claim.yaml").write_text(STAGES)
+    fake, started = recipe_jobs.start, []
+
+    def start(job: Job) -> Process:
+        started.append("export" if job.arguments[0] == "export" else job.ranks)
+        if started[-1] != "export":
+            return fake(job)  # type: ignore[return-value]
+        target = Path(job.arguments[-1])
+        target.mkdir()
+        longest = {"a": 256, "b": 1024}[target.parent.name[0]]
+        scaled = {"rope_type": "yarn", "original_max_position_embeddings": 256}
+        (target / "config.json").write_text(json.dumps({"max_position_embeddings": longest, "rope_parameters": scaled}))
+        (target / "model.safetensors").write_bytes(b"weights")
+        return Process(0)
+
+    monkeypatch.setattr(recipe_jobs, "start", start)
+    assert cli.main(["recipe", "run", str(recipe), "--out", "out"]) == 0
+    assert started == [1, "export", 2, "export", 1] * 2
+    paths = [cfg.model.path for cfg in map(load, trained)]
+    assert [path and Path(path).parent.name for path in paths] == [
+        None,
+        "a-seed0",
+        "b-seed0",
+        None,
+        "a-seed1",
+        "b-seed1",
+    ]
+    assert cli.main(["recipe", "show", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "b: torchrun --nproc-per-node 2 -m trainer recipe=mine model=hf model.path=EXPORT_OF_a model.rope.type" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("data.sequence_length=2048", "data.sequence_length=2049"), "the model takes at most 2048 tokens"),
+        (
+            ("overrides: [model.rope.type=yarn, model.rope.factor=4", "overrides: [model.layers=2"),
+            "has no effect with model=hf",
+        ),
+        (("ranks: 2, overrides: [", "ranks: 2, overrides: [train.global_batch=3, train.micro_batch=1, "), "x 2 ranks"),
+        (("after: a", "after: c"), "after: c is no arm before it; those are: a"),
+        (("ranks: 2", "ranks: 0"), "ranks: 0 must be at least 1"),
+        (("ranks: 2", "rank: 2"), "rank"),
+    ],
+    ids=lambda change: change[1] if isinstance(change, tuple) else "",
+)
+def test_a_mistake_in_a_stage_is_found_before_there_are_weights_to_begin_with(
+    recipe: Path, trained: list[list[str]], capsys: Output, change: tuple[str, str], said: str
+) -> None:
+    (recipe / "claim.yaml").write_text(STAGES.replace(*change))
+    assert cli.main(["recipe", "run", str(recipe)]) == 2
+    assert trained == [] and said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_stages_run_on_the_ranks_they_ask_for(recipe: Path, capfd: Output) -> None:
+    sizes = "model.hidden_size=32, model.intermediate_size=48, model.layers=1, model.heads=2"
+    stages = STAGES.replace("model.max_length=256", f"model.max_length=256, {sizes}").replace(
+        "ranks: 2, overrides: [", "ranks: 2, overrides: [parallel.sequence=ring, "
+    )
+    (recipe / "claim.yaml").write_text(stages)
+    (recipe / "config.yaml").write_text(
+        "train: {steps: 2, global_batch: 2, micro_batch: 2}\ndata: {eval_rows: 2}\nrun: {device: cpu, threads: 1}\n"
+    )
+    assert cli.main(["recipe", "run", str(recipe), "--seeds", "0"]) == 0
+    said = capfd.readouterr().out
+    assert "2 ranks share each row" in said and "RoPE, yarn: 2,048 tokens, 8 times 256" in said
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -45,8 +45,8 @@ def test_every_choice_composes_alone_and_with_every_recipe(group: str, choice: s
 
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_every_arm_of_every_recipe_composes(recipe: str) -> None:
-    for arm, overrides in recipes.read(recipe).claim.arms.items():
-        assert composed(f"recipe={recipe}", *overrides).recipe == recipe, arm
+    for name, arm in recipes.read(recipe).claim.arms.items():
+        assert composed(f"recipe={recipe}", *arm.overrides).recipe == recipe, name
 
 
 @pytest.mark.parametrize("recipe", [None, *recipes.names()])

@@ -1,16 +1,23 @@
 """Streams: the same rows for every rank, exact resume with and without a mark, nothing held out trained on."""
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from parallel.config import ParallelConfig, SequenceKind
+from parallel.launch import connected, sequence_group
+from tests.ranks import on_ranks
 from trainer.data.batch import StepBatch
 from trainer.data.config import DataConfig, Packing, Source
 from trainer.data.corpus import Corpus, build_corpus
+from trainer.data.encode import byte_encoder
 from trainer.data.rows import Rows
+from trainer.data.shared import SharedStream
 from trainer.data.stream import TrainStream
 from trainer.data.streamed import StreamedRows
 from trainer.errors import UserError
@@ -157,3 +164,39 @@ def test_an_error_while_reading_reaches_the_loop(folder: Path) -> None:
 def test_a_wrong_field_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.text_field=body: .*has only the fields text"):
         build(folder, text_field="body", eval_split="test")
+
+
+def shared(steps: int, state: dict[str, int] | None) -> tuple[list[list[tuple[int, ...]]], list[dict[str, int]], int]:
+    """Rows and states of some steps on a rank that shares rows with another, and how often it read the source."""
+    read = []
+
+    def documents(epoch: int, skip: int) -> Iterator[str]:
+        read.append((epoch, skip))
+        return iter([f"{number:03}" + "abcdefgh" * (number % 4) for number in range(COUNT)][skip:])
+
+    source = StreamedRows(documents, byte_encoder(256), 259, 16, Packing.concat, 0, block_documents=25)
+    with connected(ParallelConfig(sequence=SequenceKind.ring), "cpu", threads=1) as world:
+        group = sequence_group(world, 60)
+        assert group is not None
+        stream = SharedStream(group, partial(TrainStream, source, seed=1, global_batch=6, micro_batch=4))
+        if state is not None:
+            stream.restore(state)
+        rows, states = [], []
+        for _ in range(steps):
+            rows.append(rows_of(next(stream)))
+            states.append(stream.state())
+    return rows, states, len(read)
+
+
+def test_of_ranks_that_share_rows_one_reads_the_stream() -> None:
+    first, second = on_ranks(2, shared, 9, None)
+    assert first[:2] == second[:2]
+    assert first[2] > 0 and second[2] == 0
+    again = on_ranks(2, shared, 4, first[1][4])
+    assert again[0][0] == again[1][0] == first[0][5:]
+    source = StreamedRows(
+        lambda epoch, skip: iter([f"{number:03}" + "abcdefgh" * (number % 4) for number in range(COUNT)][skip:]),
+        byte_encoder(256), 259, 16, Packing.concat, 0, block_documents=25,
+    )  # fmt: skip
+    alone = TrainStream(source, seed=1, global_batch=6, micro_batch=4)
+    assert [rows_of(step) for step in islice(alone, 9)] == first[0]

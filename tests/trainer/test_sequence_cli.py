@@ -28,6 +28,8 @@ from trainer.run import run
         (4, ["parallel.sequence=ring", "parallel.sequence_degree=2", "train.global_batch=9"], "x 2 ranks"),
         (2, ["parallel.sequence=lasp2"], "model=llama_tiny has none; use parallel.sequence=ring"),
         (1, ["parallel.sequence=lasp2", "model.linear=basic"], "one process has nobody to share a row with"),
+        (4, ["parallel.sequence=ring", "data.sequence_length=7"], "use data.sequence_length=8 or more"),
+        (4, ["parallel.sequence=ulysses", "data.sequence_length=3"], "use data.sequence_length=4 or more"),
     ],
 )
 def test_a_degree_that_does_not_fit_is_told_with_one_that_does(
@@ -45,7 +47,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         "data.sequence_length=33", "data.eval_fraction=0.2", "data.packing=concat", "model.hidden_size=32",
         "model.intermediate_size=48", "model.layers=1", "model.heads=2", "optim=adamw", "precision=fp64",
         "train.steps=4", "train.global_batch=4", "train.micro_batch=4", "train.log_every=1", "train.eval_every=0",
-        "run.device=cpu", "checkpoint.every=2", *more,
+        "train.eval_by_position=8", "run.device=cpu", "checkpoint.every=2", *more,
     ]  # fmt: skip
 
 
@@ -73,7 +75,11 @@ def split(tmp_path: Path) -> Path:
 def test_a_run_says_what_it_costs_and_is_evaluated_by_one_process(split: Path) -> None:
     said = " ".join((split.parent / "said").read_text().split())
     assert "2 ranks share each row, 17 of 33 tokens here; a layer sends" in said
-    assert loss_of(split) == pytest.approx(read_metrics(split / "metrics.jsonl")[-1]["eval_loss"], rel=1e-9)
+    last, alone = read_metrics(split / "metrics.jsonl")[-1], evaluate_run(split, [], None)
+    assert alone.loss == pytest.approx(last["eval_loss"], rel=1e-9)
+    assert list(alone.by_position) == ["0-7", "8-15", "16-31", "32-32"]
+    for name, figures in alone.by_position.items():
+        assert figures == pytest.approx(last["eval_by_position"][name], rel=1e-9)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Models of many families over split rows: logits and gradients of whole ones, or refused with the reason."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
 from parallel.launch import World, connected
+from parallel.sequence.interface import Share, Unsupported, attention
+from parallel.sequence.layout import Cut, Layout
+from parallel.sequence.links import Alone
+from parallel.sequence.strategy import Exact
 from tests.ranks import on_ranks
 from tests.trainer.sequence_models import LINEAR, REFUSED, SPLIT, VOCABULARY, made, model_of
 from trainer.check_sequence import check_attention
@@ -102,6 +107,27 @@ def test_what_a_degree_cannot_do_is_refused(
     with pytest.raises(UserError) as refusal:
         check_attention(config(*overrides), made(*SPLIT["llama"]), ranks)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"sliding_window": 3}, "sliding_window=3"),
+        ({"softcap": 50.0}, "softcap"),
+        ({"s_aux": torch.zeros(2)}, "s_aux"),
+        ({"sequence": None}, "does not pass keywords on"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_attention_that_asks_for_what_split_rows_lack_is_refused(asked: dict[str, Any], said: str) -> None:
+    """Whatever the configuration says: a mask of four dimensions, say, that a model makes of its own."""
+    strategy = Exact(Cut(), 0, Alone(), Alone())
+    q = torch.zeros(1, 2, 4, 8)
+    given = {"attention_mask": None, "sequence": Share(strategy, Layout(Cut(), 4, ((0,),)))} | asked
+    with pytest.raises(Unsupported, match=said):
+        attention(nn.Module(), q, q, q, **given)
 
 
 def bent(model: nn.Module) -> None:

@@ -9,10 +9,12 @@ import torch
 from parallel.collectives import sum_over_ranks
 from parallel.config import ParallelConfig
 from parallel.launch import World, connected
+from parallel.sequence.layout import Cut
 from parallel.sequence.strategy import Exact
 from tests.ranks import on_ranks
 from tests.trainer.tiny import step_batch, trainable
 from trainer.cli.compose import load
+from trainer.data import IGNORE
 from trainer.data.batch import StepBatch
 from trainer.sequence import layer_shape, step_sends
 from trainer.step import train_step
@@ -60,13 +62,21 @@ FOUR = [
 Trained = tuple[list[list[float]], dict[str, torch.Tensor]]
 
 
+MASKED = [[], *(cut.of_rank(LENGTH, 0) for cut in (Cut(ulysses=2), Cut(ring=2), Cut(ring=2, ulysses=2), Cut(ring=4)))]
+"""Places without targets, by the step: in every other one those of the first rank of some split."""
+
+
 def packed(world: World, micro_batch: int, step: int) -> StepBatch:
-    """Rows of documents that end anywhere; the first half of the tokens of odd steps has no targets, so that the ranks
-    that hold it have none."""
+    """Rows of documents that end anywhere, with steps in which the first rank that shares them has no target."""
     made = step_batch(world, micro_batch, 4, step, length=LENGTH)
     positions = torch.cat([torch.arange(11), torch.arange(1), torch.arange(LENGTH - 12)])
+    for places in MASKED[step % len(MASKED)]:
+        for micro in made.micros:
+            micro.labels[:, places.start : places.stop] = IGNORE
+    targets = sum(int((micro.labels != IGNORE).sum()) for micro in made.micros)
+    everywhere = int(sum_over_ranks(world, torch.tensor(targets))) // world.sequence_degree
     micros = [replace(micro, position_ids=positions.expand(len(micro), -1).contiguous()) for micro in made.micros]
-    return replace(made, micros=micros)
+    return replace(made, micros=micros, targets=everywhere)
 
 
 def train(world: World, overrides: str, steps: int = 10) -> Trained:

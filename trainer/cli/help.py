@@ -154,12 +154,20 @@ def option_tables(cfg: DictConfig) -> Iterator[Table]:
     yield options_table("", Config, cfg, own + free)
     for name, kind in store.SECTIONS.items():
         if is_dataclass(kind):
-            section = OmegaConf.get_type(cfg[name])
-            yield options_table(f"{name}.", section, cfg[name], list(hints(section)))
+            yield from section_tables(f"{name}.", cfg[name])
+
+
+def section_tables(prefix: str, values: DictConfig) -> Iterator[Table]:
+    """Yield a table for the options of a section, and one for each section in it."""
+    kind = OmegaConf.get_type(values)
+    inner = [name for name, annotated in hints(kind).items() if is_dataclass(annotated)]
+    yield options_table(prefix, kind, values, [name for name in hints(kind) if name not in inner])
+    for name in inner:
+        yield from section_tables(f"{prefix}{name}.", values[name])
 
 
 def options_table(prefix: str, kind: type, values: DictConfig, names: list[str]) -> Table:
-    table = grid(28, 20)
+    table = grid(29, 20)
     docs, types = option_docs(kind), hints(kind)
     for name in names:
         choices = choices_of(types[name])

@@ -5,6 +5,7 @@ itself, so that every mistake is reported.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -155,20 +156,29 @@ def known_options(cfg: DictConfig | None = None) -> list[str]:
     """Return every option as a dotted key: of the composed `cfg`, else of all choices together."""
     found: dict[str, None] = {}
     for name, kind in store.SECTIONS.items():
+        kinds = [OmegaConf.get_type(cfg[name])] if cfg is not None else [kind, *store.subclasses(kind)]
+        for each in kinds if is_dataclass(kind) else ():
+            found |= dict.fromkeys(dotted(f"{name}.", each))
         if not is_dataclass(kind):
             found[name] = None
-        elif cfg is not None:
-            found |= dict.fromkeys(f"{name}.{option}" for option in hints(OmegaConf.get_type(cfg[name])))
-        else:
-            kinds = [kind, *store.subclasses(kind)]
-            found |= dict.fromkeys(f"{name}.{option}" for each in kinds for option in hints(each))
     return list(found)
+
+
+def dotted(prefix: str, kind: type) -> Iterator[str]:
+    """Yield the options of a section and of the sections in it."""
+    for name, inner in hints(kind).items():
+        if is_dataclass(inner):
+            assert isinstance(inner, type)
+            yield from dotted(f"{prefix}{name}.", inner)
+        else:
+            yield prefix + name
 
 
 def listing(key: str, cfg: DictConfig | None = None) -> str:
     """Return what is known beside `key`: the options of its section, or all sections."""
-    section = key.split(".")[0].split("/")[0]
-    beside = [name.partition(".")[2] for name in known_options(cfg) if name.startswith(f"{section}.")]
-    if beside:
-        return f"Known in {section}: {', '.join(beside)}"
+    known = known_options(cfg)
+    for section in (key, key.rpartition(".")[0], key.split(".")[0].split("/")[0]):
+        beside = [name.removeprefix(f"{section}.") for name in known if section and name.startswith(f"{section}.")]
+        if beside:
+            return f"Known in {section}: {', '.join(beside)}"
     return f"Known sections: {', '.join(store.SECTIONS)}"

@@ -12,7 +12,7 @@ from trainer.cli.recipe_runs import Measured, measure, read_results
 from trainer.cli.runs import Arguments
 from trainer.errors import UserError
 from trainer.nearest import hint
-from trainer.recipes import Recipe, Verdict
+from trainer.recipes import Arm, Recipe, Verdict
 
 DESCRIPTION = """Reproductions: a configuration, what it is claimed to give, and a check that it does.
 
@@ -21,7 +21,7 @@ DESCRIPTION = """Reproductions: a configuration, what it is claimed to give, and
   stowage recipe run quickstart                    every arm and seed, each in a process of its own
   stowage recipe run quickstart --seeds 0,1 train.steps=100
   stowage recipe run quickstart --resume           go on with a batch that was interrupted
-  stowage recipe run lowrank_vs_adamw --jobs 8     eight runs at a time, on one GPU of which each needs a part
+  stowage recipe run lowrank_vs_adamw --jobs 8     eight runs at a time, each on a part of a GPU
   stowage recipe check quickstart                  exit code 1 if the last run falls short
 
 A recipe is a name from the list or a folder with config.yaml (an overlay) and claim.yaml."""
@@ -90,14 +90,21 @@ def show(recipe: Recipe) -> int:
     claim, out = recipe.claim, console()
     out.print(f"{recipe.name}: {claim.claim}", markup=False)
     out.print(f"\n{recipe.folder}\nseeds {', '.join(map(str, claim.seeds))}; arms:", markup=False)
-    for arm, overrides in claim.arms.items():
-        out.print(f"  {arm}: stowage train {' '.join([f'recipe={recipe.name}', *overrides])}", markup=False)
+    for name, arm in claim.arms.items():
+        out.print(f"  {name}: {command(recipe, arm)}", markup=False)
     out.print("checks:")
     for check in claim.checks:
         out.print(f"  {check.name}: {check.promise}", markup=False)
     out.print("\nconfig.yaml:")
     out.print((recipe.folder / "config.yaml").read_text(), markup=False)
     return 0
+
+
+def command(recipe: Recipe, arm: Arm) -> str:
+    """Return what runs an arm by hand."""
+    start = f"torchrun --nproc-per-node {arm.ranks} -m trainer" if arm.ranks > 1 else "stowage train"
+    begins = ["model=hf", f"model.path=EXPORT_OF_{arm.after}"] if arm.after is not None else []
+    return " ".join([start, f"recipe={recipe.name}", *begins, *arm.overrides])
 
 
 def judge(recipe: Recipe, measured: Measured, folder: Path) -> int:

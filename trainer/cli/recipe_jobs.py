@@ -19,10 +19,14 @@ POLL = 0.05
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
+    """One run, or another command that its recipe needs."""
 
     name: str
-    overrides: list[str]
+    arguments: list[str]
+    ranks: int = 1
+    """Processes, started by torchrun where there are several."""
+    needs: Path | None = None
+    """What another job leaves, before which this one does not begin."""
     log: Path | None = None
     """Takes what it prints; None: this process's own terminal."""
     done: Callable[[float], None] = lambda seconds: None
@@ -30,17 +34,17 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int = 1) -> None:
-    """Train each job in a fresh process, in order, `at_once` at a time; signals are passed on, so that all save.
+    """Do each job in a fresh process, in order, `at_once` at a time; signals are passed on, so that all save.
 
     Raises:
         UserError, TrainingStopped, Interrupted: as the first run that does not finish. The others were asked to save.
     """
-    waiting, running = list(reversed(jobs)), dict[subprocess.Popen[bytes], tuple[Job, float]]()
+    waiting, running = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]]()
     failed: tuple[Job, int] | None = None
     with passing_on(running):
         while waiting or running:
-            while waiting and len(running) < at_once and failed is None:
-                job = waiting.pop()
+            while len(running) < at_once and failed is None and (job := ready(waiting, running)) is not None:
+                waiting.remove(job)
                 print(job.name, flush=True)
                 running[start(job)] = job, time.monotonic()
             for process in [process for process in running if process.poll() is not None]:
@@ -56,8 +60,16 @@ def run_jobs(jobs: Sequence[Job], at_once: int = 1) -> None:
         raise ending(*failed)
 
 
+def ready(waiting: list[Job], running: "dict[subprocess.Popen[bytes], tuple[Job, float]]") -> Job | None:
+    """Return the first job that can begin; None where all wait for one that is running."""
+    found = next((job for job in waiting if job.needs is None or job.needs.exists()), None)
+    assert found or running or not waiting, f"nobody is to leave {waiting[0].needs}"
+    return found
+
+
 def start(job: Job) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "trainer", *job.overrides]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"] if job.ranks > 1 else []
+    command = [sys.executable, *several, "-m", "trainer", *job.arguments]
     if job.log is None:
         return subprocess.Popen(command)
     job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -82,10 +94,10 @@ def passing_on(running: "dict[subprocess.Popen[bytes], tuple[Job, float]]") -> I
 
 
 def ending(job: Job, code: int) -> Exception:
-    """What a run's exit code means for the recipe."""
+    """What a run's exit code means for the recipe. torchrun has one for all failures."""
     code = 128 - code if code < 0 else code  # ended by a signal
     said = f"; what it said is in {job.log}" if job.log is not None else ""
-    what = f"a run of the recipe ended with exit code {code}: {' '.join(job.overrides)}{said}"
+    what = f"a run of the recipe ended with exit code {code}: {' '.join(job.arguments)}{said}"
     if code == 2:
         return UserError(what)
     if code in (130, 143):

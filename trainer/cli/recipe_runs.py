@@ -11,12 +11,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.cli import store
-from trainer.cli.compose import load
-from trainer.cli.overrides import quote
 from trainer.cli.recipe_jobs import Job, run_jobs
+from trainer.cli.recipe_stages import arguments, check_arms, exported, with_exports
 from trainer.errors import UserError
 from trainer.metrics import read_metrics
-from trainer.recipes import RECIPES, Recipe
+from trainer.recipes import Arm, Recipe
 
 RESULTS = "runs.jsonl"
 
@@ -49,28 +48,35 @@ def measure(
         UserError: there is nothing to go on with, or the recipe is another than that batch's.
         UserError, TrainingStopped, Interrupted: as the first run that does not finish.
     """
-    plan = [(arm, own, seed) for seed in seeds for arm, own in recipe.claim.arms.items()]
-    for arm, own, seed in plan:  # all mistakes before the first minute is spent
-        load(arguments(recipe, own, seed, overrides, out / "check" / arm))
+    plan = [(name, arm, seed) for seed in seeds for name, arm in recipe.claim.arms.items()]
+    check_arms(recipe, seeds, overrides, out / "check")  # all mistakes before the first minute is spent
     batch = newest_batch(out, recipe, overrides) if resume else time.strftime("%Y-%m-%d_%H-%M-%S")
     done = finished(out, batch)
     out.mkdir(parents=True, exist_ok=True)
     (out / "resolved.yaml").write_text(resolved(recipe, overrides))
 
-    def job(number: int, arm: str, own: list[str], seed: int) -> Job:
-        folder = out / batch / f"{arm}-seed{seed}"
-        name = f"{recipe.name}: run {number} of {len(plan)}, arm {arm}, seed {seed}"
+    def job(number: int, name: str, arm: Arm, seed: int) -> Job:
+        folder = out / batch / f"{name}-seed{seed}"
+        weights = exported(out / batch, arm, seed)
+        title = f"{recipe.name}: run {number} of {len(plan)}, arm {name}, seed {seed}"
 
         def note(seconds: float) -> None:
-            print(f"{name}: done in {seconds:.0f} s", flush=True)
-            line = {"batch": batch, "arm": arm, "seed": seed, "overrides": overrides, "wall_seconds": round(seconds, 1)}
+            print(f"{title}: done in {seconds:.0f} s", flush=True)
+            line = {
+                "batch": batch,
+                "arm": name,
+                "seed": seed,
+                "overrides": overrides,
+                "wall_seconds": round(seconds, 1),
+            }
             write_down(out, batch, folder, line)
 
         log = folder.with_suffix(".log") if jobs > 1 else None
-        return Job(name, arguments(recipe, own, seed, overrides, folder), log, note)
+        return Job(title, arguments(recipe, arm, seed, overrides, folder, weights), arm.ranks, weights, log, note)
 
     numbered = enumerate(plan, 1)
-    run_jobs([job(n, arm, own, seed) for n, (arm, own, seed) in numbered if (arm, seed) not in done], jobs)
+    runs = [job(n, name, arm, seed) for n, (name, arm, seed) in numbered if (name, seed) not in done]
+    run_jobs(with_exports(runs), jobs)
 
 
 def write_down(out: Path, batch: str, folder: Path, line: dict[str, Any]) -> None:
@@ -103,12 +109,6 @@ def finished(out: Path, batch: str) -> list[tuple[str, int]]:
     path = out / RESULTS
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
     return [(line["arm"], int(line["seed"])) for line in lines if line["batch"] == batch]
-
-
-def arguments(recipe: Recipe, own: list[str], seed: int, overrides: list[str], folder: Path) -> list[str]:
-    """Return the command line of one run; the user's overrides win over the arm's."""
-    asked = recipe.name if recipe.folder.parent == RECIPES else str(recipe.folder)
-    return [f"recipe={quote(asked)}", *own, *overrides, f"seed={seed}", f"run.dir={quote(str(folder))}"]
 
 
 def read_results(out: Path, recipe: Recipe) -> Measured:

@@ -6,8 +6,11 @@ one gradient that arrives once, tied or not.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainer.errors import UserError
@@ -24,6 +27,28 @@ LINEAR_LOSSES = {
 }
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Which of some groups each target belongs to."""
+
+    of: Tensor
+    """(rows, sequence) int64, from 0."""
+    count: int
+
+    def sums(self, loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each group, (count,).
+
+        Args:
+            loss: of some rows (n, width) and their labels (n,).
+        """
+        flat, of = labels.reshape(-1), self.of.reshape(-1)
+        found = []
+        for group in range(self.count):
+            mine = of == group
+            found.append(loss(rows[mine], flat[mine]) if mine.any() else rows.new_zeros((), dtype=torch.float64))
+        return torch.stack([each.double() for each in found])
+
+
 class HeadLoss:
     """Computes the loss of `model`. Made once; the model gives logits as before wherever no loss is asked for.
 
@@ -35,13 +60,20 @@ class HeadLoss:
         self._model, self._kind = model, cfg.kind
         self._training = Terms(cfg.label_smoothing, cfg.z_loss, cfg.chunk_rows)
         self._evaluating = Terms(chunk_rows=cfg.chunk_rows)
-        self._asked: tuple[Tensor, Terms] | None = None
+        self._asked: tuple[Tensor, Terms, Groups | None] | None = None
         self._given: Tensor | None = None
         if cfg.kind is not LossKind.plain:
             self._install(model)
 
-    def __call__(self, forward: Callable[[], Any], labels: Tensor, *, evaluating: bool = False) -> Tensor:
-        """Return the summed loss over counted targets, a scalar of at least fp32.
+    def __call__(
+        self,
+        forward: Callable[[], Any],
+        labels: Tensor,
+        *,
+        evaluating: bool = False,
+        groups: Groups | None = None,
+    ) -> Tensor:
+        """Return the summed loss over counted targets, a scalar of at least fp32; of each of `groups` where given.
 
         Args:
             forward: runs the model (or what an engine made of it) and returns its output.
@@ -50,8 +82,10 @@ class HeadLoss:
         """
         terms = self._evaluating if evaluating else self._training
         if self._kind is LossKind.plain:
-            return token_loss_sum(forward().logits, labels, label_smoothing=terms.label_smoothing, z_loss=terms.z_loss)
-        self._asked = labels, terms
+            plain = partial(token_loss_sum, label_smoothing=terms.label_smoothing, z_loss=terms.z_loss)
+            logits = forward().logits
+            return plain(logits, labels) if groups is None else groups.sums(plain, logits.flatten(0, -2), labels)
+        self._asked = labels, terms, groups
         try:
             loss: Tensor = forward().logits
         finally:
@@ -76,9 +110,13 @@ class HeadLoss:
         def forward(hidden: Tensor) -> Tensor:
             if self._asked is None:
                 return inner(hidden)
-            labels, terms = self._asked
+            labels, terms, groups = self._asked
             rows = hidden.reshape(-1, hidden.shape[-1])
-            self._given = function(rows, head.weight, head.bias, labels.reshape(-1), terms)
+
+            def loss(some: Tensor, of_some: Tensor) -> Tensor:
+                return function(some, head.weight, head.bias, of_some, terms)
+
+            self._given = loss(rows, labels.reshape(-1)) if groups is None else groups.sums(loss, rows, labels)
             return self._given
 
         head.forward = forward  # type: ignore[assignment, method-assign]

@@ -1,0 +1,1 @@
+"""Rotary position embeddings beyond the length that a model was trained with."""
