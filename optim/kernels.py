@@ -41,18 +41,21 @@ def stochastic_bf16(wide, index, seed, seed_high):
 @triton.jit
 def decoded(codes, scale, power, table, place, numbers, mask, valid, odd, CODEC: tl.constexpr):
     """Values of a moment: of a tile (TILES, SIZE), of whose blocks `numbers` are the indices."""
+    # one return: those of branches that are not taken would be compiled, and must agree
     if CODEC < INT8:
-        return tl.load(codes + place, mask, other=0.0).to(tl.float32)
-    largest = tl.load(scale + numbers, valid, other=0.0)
-    if CODEC == INT8:
-        found = tl.load(table + tl.load(codes + place, mask, other=0).to(tl.int32))
-    elif CODEC == INT4:
-        pair = tl.load(codes + place // 2, mask, other=0).to(tl.int32)
-        found = tl.load(table + tl.where(odd, pair & 15, pair >> 4))
+        found = tl.load(codes + place, mask, other=0.0).to(tl.float32)
     else:
-        row = (tl.load(power + numbers, valid, other=1.0) * 16).to(tl.int32) * 256
-        found = tl.load(table + row[:, None] + tl.load(codes + place, mask, other=0).to(tl.int32))
-    return found * largest[:, None]
+        largest = tl.load(scale + numbers, valid, other=0.0)
+        if CODEC == INT8:
+            found = tl.load(table + tl.load(codes + place, mask, other=0).to(tl.int32))
+        elif CODEC == INT4:
+            pair = tl.load(codes + place // 2, mask, other=0).to(tl.int32)
+            found = tl.load(table + tl.where(odd, pair & 15, pair >> 4))
+        else:
+            row = (tl.load(power + numbers, valid, other=1.0) * 16).to(tl.int32) * 256
+            found = tl.load(table + row[:, None] + tl.load(codes + place, mask, other=0).to(tl.int32))
+        found *= largest[:, None]
+    return found
 
 
 @triton.jit

@@ -107,7 +107,11 @@ FORMULAS: list[tuple[dict[str, Any], Callable[..., list[float]], dict[str, Any]]
 ]
 
 
-@pytest.mark.parametrize(("options", "formula", "given"), FORMULAS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("options", "formula", "given"),
+    FORMULAS,
+    ids=[f"{i} {options['kind']}" for i, (options, *_) in enumerate(FORMULAS)],
+)
 def test_a_model_turns_by_the_formula(
     options: dict[str, Any], formula: Callable[..., list[float]], given: dict[str, Any]
 ) -> None:

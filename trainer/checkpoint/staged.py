@@ -6,6 +6,7 @@ exactly what this rank writes is copied. The files are those of a synchronous sa
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -20,7 +21,21 @@ from offload.snapshot import Snapshot
 from trainer.checkpoint.checkpoint import PER_RANK
 
 
-class StagedPlanner(DefaultSavePlanner):
+class SmallFirstPlanner(DefaultSavePlanner):
+    """Writes small tensors first, as torch's writer does on CUDA, so that a file's layout is the same on any device and
+    in any mode."""
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        return replace(plan, items=sorted(plan.items, key=_bytes_of))
+
+
+def _bytes_of(item: WriteItem) -> int:
+    assert item.tensor_data is not None, f"{item.index} is no tensor"
+    return prod(item.tensor_data.size) * item.tensor_data.properties.dtype.itemsize
+
+
+class StagedPlanner(SmallFirstPlanner):
     """Plans for tensors, then hands out copies of them, in the plan's order.
 
     Args:

@@ -37,7 +37,7 @@ from trainer.checkpoint.checkpoint import Checkpoint, alone_without_warning, fla
 from trainer.checkpoint.digest import FileDigest
 from trainer.checkpoint.manifest import MANIFEST, Manifest, library_versions, require_json
 from trainer.checkpoint.ranks import Ranks
-from trainer.checkpoint.staged import StagedPlanner
+from trainer.checkpoint.staged import SmallFirstPlanner, StagedPlanner
 from trainer.checkpoint.storage import DurableWriter
 from trainer.checkpoint.verify import Finding, check_files, read_manifest
 from trainer.errors import UserError
@@ -221,7 +221,7 @@ class CheckpointStore:
     def _write(self, part: Path, tensors: Mapping[str, Any], snapshot: Snapshot | None) -> list[FileDigest]:
         group, flat = self._ranks.group, flatten(tensors)
         owned = [tensors, flat] if isinstance(tensors, dict) else [flat]
-        planner = None if snapshot is None else StagedPlanner(snapshot, owned)
+        planner = SmallFirstPlanner() if snapshot is None else StagedPlanner(snapshot, owned)
         # A thread beside training must leave the filters of warnings alone: they are the whole process's.
         quiet = alone_without_warning() if snapshot is None else nullcontext()
         with ThreadPoolExecutor(2) as pool, quiet:
