@@ -151,6 +151,8 @@ def identity(cfg: Config) -> dict[str, dict[str, Any]]:
 
 
 def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Describe the options in which two identities differ."""
+    """Describe the options in which two identities differ. What was saved before an option existed had its default."""
+    defaults = {key: value for part in identity(Config()).values() for key, value in part.items()}
+    saved = {key: defaults[key] for key in asked if key in defaults} | saved
     keys = sorted(saved.keys() | asked.keys())
     return [f"{k}: saved {saved.get(k)}, asked {asked.get(k)}" for k in keys if saved.get(k) != asked.get(k)]

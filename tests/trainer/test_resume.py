@@ -19,6 +19,7 @@ from tests.ranks import on_ranks
 from trainer.checkpoint import files
 from trainer.cli.compose import load
 from trainer.errors import TrainingStopped, UserError
+from trainer.folder import differences, identity
 from trainer.metrics import read_metrics
 from trainer.run import run
 from trainer.signals import Interrupted
@@ -170,6 +171,13 @@ def test_resuming_with_other_options_is_refused_with_their_names(text: Path, tmp
             run(load(overrides(text, tmp_path / "run", "adamw", change)))
     with pytest.raises(UserError, match="optim.name: saved adamw, asked galore"):
         run(load(overrides(text, tmp_path / "run", "galore")))
+
+
+def test_options_newer_than_a_checkpoint_had_their_defaults_when_it_was_saved() -> None:
+    now = identity(load([]))["state"]
+    before = {key: value for key, value in now.items() if key != "model.softmax_every"}
+    assert differences(before, now) == []
+    assert differences(before, now | {"model.softmax_every": 2}) == ["model.softmax_every: saved None, asked 2"]
 
 
 def test_changed_text_under_the_same_name_is_refused(text: Path, tmp_path: Path) -> None:
