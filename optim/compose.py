@@ -197,11 +197,12 @@ class ComposedOptimizer(MemoryOptimizer):
     def _known_of(self, p: Tensor, group: Group) -> Known:
         found = self._known.get(p)
         if found is None or found.group is not group or found.shard_group is not self.shard_group:
-            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-            for each, name in zip(group["params"], names, strict=True):
-                layout = self._layout(each)
-                subspace = Subspace(layout.shape, group, layout) if _projected(layout.shape, group) else None
-                self._known[each] = Known(name, layout, subspace, group, self.shard_group)
+            # Of this one alone: others may be without their values just now, and of no shape (engines/partitioned.py).
+            place = next(i for i, each in enumerate(group["params"]) if each is p)
+            names, layout = group.get("param_names"), self._layout(p)
+            subspace = Subspace(layout.shape, group, layout) if _projected(layout.shape, group) else None
+            name = names[place] if names else f"parameter {place}"
+            self._known[p] = Known(name, layout, subspace, group, self.shard_group)
             found = self._known[p]
         return found
 

@@ -185,7 +185,7 @@ def test_a_plan_is_what_is_counted_and_the_device_has_the_states_bytes_less(tier
         (["offload=host", "offload.gradients=true", "optim.in_backward=true"], "none is left to leave"),
         (
             ["offload=disk", "parallel.engine=deepspeed"],
-            "use offload.states=none with deepspeed.zero_optimization.offload_optimizer.device=nvme",
+            "use offload.states=none with deepspeed.zero_optimization.offload_optimizer.device=cpu",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -230,3 +230,28 @@ def test_a_parameter_without_saved_state_keeps_its_fresh_one():
     ours = AdamW([p, q])
     ours.load_state_dict(theirs.state_dict())
     assert ours.state[p]["step"] == 1 and ours.state[q]["step"] == 0
+
+
+def one_at_a_time(net, optimizer, steps):
+    """As DeepSpeed's partitions are stepped: each parameter has values only while it is stepped itself."""
+    whole = {p: p.data for p in net.parameters()}
+    for p in whole:
+        p.data = p.new_empty(0)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in whole:
+            p.data = whole[p]
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            optimizer.step()
+            p.data, p.grad = p.new_empty(0), None
+    for p in whole:
+        p.data = whole[p]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_may_have_values_only_while_they_are_stepped(name):
+    nets = model(), model()
+    for net, way in zip(nets, (train, one_at_a_time), strict=True):
+        way(net, registry.build(config(name), net.named_parameters()), range(4))
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -174,7 +174,7 @@ def test_jobs_run_some_at_a_time_and_the_first_failure_has_the_others_save(monke
 def test_a_run_beside_others_prints_into_its_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "batch" / "a-seed0.log"
     with pytest.raises(UserError, match="exit code 2: train.step=3; what it said is in .*a-seed0.log"):
-        run_jobs([Job("a", ["train.step=3"], log)], at_once=2)
+        run_jobs([Job("a", ["train.step=3"], log=log)], at_once=2)
     assert "did you mean train.steps" in log.read_text()
     assert capfd.readouterr().out == "a\n"
 

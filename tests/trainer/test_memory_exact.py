@@ -110,9 +110,9 @@ def test_a_linear_stack_with_galore_holds_what_a_hand_count_says() -> None:
     x = torch.randn(ROWS, INPUT)
     first = counted(model, optimizer, stack_step, x)
     assert first.ends("step") == [kinds(WEIGHTS, WEIGHTS, states, 0, X + LOSS)]
-    # Without a refresh a step takes the projected gradient, its update, and the kernel's step count.
+    # Without a refresh a step takes the projected gradients of both, their updates, and the kernel's step count.
     steady = counted(model, optimizer, stack_step, x)
-    check_stack(steady, before=states, states=states, in_step=2 * low + FLOAT)
+    check_stack(steady, before=states, states=states, in_step=2 * 2 * low + FLOAT)
 
 
 def llama(tied: bool = False, **changed: object) -> LlamaForCausalLM:

@@ -16,7 +16,7 @@ from tests.trainer.tiny import step_batch, trainable
 from trainer.cli.compose import load
 from trainer.data import IGNORE
 from trainer.data.batch import StepBatch
-from trainer.sequence import layer_shape, step_sends
+from trainer.sequence import layer_shape, layers_of, step_sends
 from trainer.step import train_step
 
 LENGTH = 31
@@ -150,9 +150,8 @@ def counted(world: World, kind: str, asked: str) -> tuple[int, int, int, list[fl
     method = strategy.method._replace(forward=counting)
     built = replace(built, strategy=replace(strategy, method=method))
     stepped = train_step(built, step_batch(world, 2, 4, 0, length=LENGTH), 0, 0)
-    told = step_sends(
-        built.cfg, world, built.model.config, strategy.cost(layer_shape(built.cfg, world, built.model.config))
-    )  # type: ignore[arg-type]
+    config: Any = built.model.config
+    told = step_sends(built.cfg, world, layers_of(config, strategy, layer_shape(built.cfg, world, config)))
     sent = strategy.inner.sent + strategy.outer.sent
     return len(computed), sent, told, [stepped.loss.item(), *(p.sum().item() for p in built.model.parameters())]
 
