@@ -203,11 +203,12 @@ class Subspace:
             state["overlap"] = read(turn.square().sum() / len(turn), usual=1.0)
             new = self._align(new, turn, state, moments)
         self._settle(state, new, captured, name)
-        if not (new is found and wide == dtype and self.codec.in_place):
+        if low is None or not (new is found and wide == dtype and self.codec.in_place):
             return None
-        if not self.cut:
-            return low
-        return None if weak is None else self._silenced(self.project(own, new[:, self.layout.mine]), weak)
+        if self.cut:  # of operands as they are, as where the side is whole: whether it is must make no difference
+            low = self.low.scatter(project(own, new[:, self.layout.mine], self.side))
+            return low if weak is None else self._silenced(low, weak)
+        return low
 
     def _settle(self, state: State, new: Tensor | None, captured: float, name: str) -> None:
         if new is not None:

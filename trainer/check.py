@@ -13,15 +13,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from offload.config import Fate
-from parallel.config import Matrices, SequenceKind
+from trainer.check_machine import float8_problems, package_problems
 from trainer.check_model import is_read, length_before, longest_sequence, model_problems, smallest_side
-from trainer.check_offload import gradients_problems, host_problems, states_problems, tier_problems
+from trainer.check_offload import host_problems, states_problems, tier_problems
+from trainer.check_ranks import rank_count_problems
 from trainer.engines import deepspeed_config
-from trainer.errors import UserError
-from trainer.loss.config import LossConfig, LossKind
 from trainer.rope.check import rope_problems
 from trainer.rope.config import SCALED, RopeType
-from trainer.schema import Attention, Config, Device, Dtype, LinearKind
+from trainer.schema import Attention, Config, Dtype, LinearKind
 from trainer.track import track_problems
 
 
@@ -147,104 +146,6 @@ def start_problems(cfg: Config) -> list[str]:
     ]
 
 
-def rank_count_problems(cfg: Config, ranks: int) -> list[str]:
-    """Check what depends on the number of ranks."""
-    found = gradients_problems(cfg, ranks) + shard_problems(cfg, ranks) + sequence_problems(cfg, ranks)
-    shares = max(1, ranks // cfg.parallel.degree(ranks))
-    return found + (batch_problems(cfg, shares) or two_pass_problems(cfg, shares))
-
-
-def sequence_problems(cfg: Config, ranks: int) -> list[str]:
-    """Groups that share rows must split the ranks."""
-    parallel = cfg.parallel
-    degree, inner = parallel.sequence_degree or ranks, parallel.ulysses_degree
-    if parallel.sequence is SequenceKind.none:
-        return []
-    if ranks == 1:
-        return [
-            f"parallel.sequence={parallel.sequence.value}: one process has nobody to share a row with; start several "
-            "(torchrun --nproc-per-node N -m trainer), or use parallel.sequence=none"
-        ]
-    if ranks % degree:
-        fitting = [count for count in range(2, ranks + 1) if ranks % count == 0]
-        return [
-            f"parallel.sequence_degree={degree}: does not divide {ranks} ranks; use parallel.sequence_degree="
-            f"{' or '.join(map(str, fitting))}"
-        ]
-    least = 2 * degree if parallel.sequence is SequenceKind.ring else degree
-    if cfg.data.sequence_length < least:
-        return [
-            f"data.sequence_length={cfg.data.sequence_length}: too short to be shared by {degree} ranks; use "
-            f"data.sequence_length={least} or more, or a smaller parallel.sequence_degree"
-        ]
-    if inner is not None and degree % inner:
-        return [f"parallel.ulysses_degree={inner}: does not divide the {degree} ranks that share a row; leave it out"]
-    if parallel.sequence is SequenceKind.lasp2 and not is_read(cfg.model) and cfg.model.linear is LinearKind.none:
-        return [no_states(f"model={cfg.model.name}")]
-    return []
-
-
-def no_states(model: str) -> str:
-    """What to say of LASP-2 where there is nothing for it to do."""
-    return (
-        f"parallel.sequence=lasp2: hands on the states of linear attention, and {model} has none; use "
-        "parallel.sequence=ring, which sends as much for softmax attention and computes meanwhile, or a model with "
-        "linear layers (model=llama_linear_tiny)"
-    )
-
-
-def shard_problems(cfg: Config, ranks: int) -> list[str]:
-    """Replicas must split the ranks, with something left to cut."""
-    parallel, found = cfg.parallel, []
-    if parallel.replicas > 1 and (ranks % parallel.replicas or ranks == parallel.replicas):
-        fitting = [count for count in range(1, ranks // 2 + 1) if ranks % count == 0]
-        found.append(
-            f"parallel.replicas={parallel.replicas}: does not split {ranks} ranks into groups of two or more; use "
-            + (f"parallel.replicas={' or '.join(map(str, fitting))}" if ranks > 1 else "torchrun to start several")
-        )
-    if getattr(cfg.optim, "basis_copies", False) and not parallel.zero:
-        found.append(
-            "optim.basis_copies=true: has no effect with parallel.zero=0, where every rank has every basis; leave it "
-            "out, or use parallel.zero=1, 2 or 3"
-        )
-    if getattr(cfg.optim, "basis_copies", False) and parallel.matrices is Matrices.owners:
-        found.append(
-            "optim.basis_copies=true: has no effect with parallel.matrices=owners, where a basis is its owner's alone; "
-            "use one of the two"
-        )
-    package = getattr(cfg.optim, "package", None)
-    if package is not None and parallel.engine.value == "torch" and ranks > 1:
-        cut = f"parallel.zero={parallel.zero}" if parallel.zero > 1 else "parallel.matrices=rows"
-        if parallel.zero > 1 or parallel.matrices is Matrices.rows:
-            found.append(
-                f"optim={cfg.optim.name}: {package} lays its blocks over whole parameters, which {cut} cuts into rows; "
-                "use parallel.zero=1 or 0, or an optimizer of ours, such as optim=adamw_8bit"
-            )
-    if cfg.optim.in_backward and parallel.zero == 1:
-        found.append(
-            "optim.in_backward=true: with parallel.zero=1 gradients are summed in DDP's buckets, which free none in "
-            "backward; use parallel.zero=0, 2 or 3"
-        )
-    return found
-
-
-def batch_problems(cfg: Config, ranks: int) -> list[str]:
-    """The global batch must split evenly into micro-batches over ranks."""
-    batch, micro = cfg.train.global_batch, cfg.train.micro_batch
-    if batch < 1 or micro < 1 or batch % (micro * ranks) == 0:
-        return []
-    unit = micro * ranks
-    nearest = sorted({max(unit, batch // unit * unit), -(-batch // unit) * unit})
-    fitting = [] if batch % ranks else [n for n in range(1, batch // ranks + 1) if batch // ranks % n == 0]
-    near = sorted(sorted(fitting, key=lambda n: abs(n - micro))[:3])
-    over = f" x {ranks} ranks" if ranks > 1 else ""
-    return [
-        f"train.global_batch={batch}: does not split into train.micro_batch={micro}{over} = {unit} sequences; "
-        f"use train.global_batch={' or '.join(map(str, nearest))}"
-        + (f", or train.micro_batch={' or '.join(map(str, near))}" if near else "")
-    ]
-
-
 def clip_problems(cfg: Config) -> list[str]:
     """Each way of clipping fits one moment of update, `parameter` both."""
     asked, in_backward = cfg.train.clip_by.value, cfg.optim.in_backward
@@ -260,18 +161,6 @@ def clip_problems(cfg: Config) -> list[str]:
             "train.clip_by=global"
         ]
     return []
-
-
-def two_pass_problems(cfg: Config, ranks: int) -> list[str]:
-    """The norm of gradients that add up needs them all at once."""
-    micro_steps = cfg.train.global_batch // (cfg.train.micro_batch * ranks)
-    if cfg.train.clip_by.value != "two_pass" or micro_steps == 1:
-        return []
-    return [
-        f"train.clip_by=two_pass: with {micro_steps} micro-steps the norm is that of sums that all have to be kept, so "
-        f"nothing is saved; use train.micro_batch={cfg.train.micro_batch * micro_steps}, train.clip_by=parameter or "
-        "previous, or the same result from optim.in_backward=false train.clip_by=global"
-    ]
 
 
 def schedule_problems(cfg: Config) -> list[str]:
@@ -305,44 +194,6 @@ def folder_problems(cfg: Config) -> list[str]:
         return [f"{asked}: cannot write in {existing} ({error.strerror}); {remedy}"]
 
 
-LOSS_PACKAGES = {
-    LossKind.cce: ("cut_cross_entropy", "cut-cross-entropy"),
-    LossKind.liger: ("liger_kernel", "liger-kernel"),
-}
-"""Module and distribution that a kind of loss needs."""
-
-
-def package_problems(cfg: LossConfig) -> list[str]:
-    """Some kinds of loss are packages of their own."""
-    if cfg.kind is LossKind.torch and not torch_has_the_loss():
-        found = importlib.metadata.version("torch")
-        return [
-            f"loss=torch: torch {found} has no linear_cross_entropy yet; use loss=chunked, which does the same, or a "
-            "newer torch (2.13 has it)"
-        ]
-    module, name = LOSS_PACKAGES.get(cfg.kind, ("", ""))
-    if not module or importlib.util.find_spec(module) is not None:
-        return []
-    return [f"loss={cfg.kind.value}: the package {name} isn't installed; install it, or use loss=chunked"]
-
-
-def torch_has_the_loss() -> bool:
-    """Whether torch's functions have linear_cross_entropy, by their text: importing torch takes seconds."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None, "torch is installed"
-    return "def linear_cross_entropy" in (Path(spec.origin).parent / "nn" / "functional.py").read_text()
-
-
-def float8_problems(compute: Dtype) -> list[str]:
-    """Products in FP8 are torchao's."""
-    if compute is not Dtype.fp8 or importlib.util.find_spec("torchao") is not None:
-        return []
-    return [
-        "precision.compute=fp8: the package torchao isn't installed; install it with `pip install torchao`, or use "
-        "precision.compute=bf16"
-    ]
-
-
 def resume_problems(cfg: Config) -> list[str]:
     """`never` refuses a folder with checkpoints, a path must be a checkpoint."""
     resume = cfg.train.resume
@@ -365,41 +216,3 @@ def resume_problems(cfg: Config) -> list[str]:
         remedy = f"use train.resume={inside[-1]}" if inside else "give a folder step_N in a run's checkpoints/"
         return [f"train.resume={resume}: is not a checkpoint (it has no manifest.json); {remedy}"]
     return []
-
-
-def check_hardware(cfg: Config) -> None:
-    """Hold the configuration against the machine. Imports torch, so it comes after everything else.
-
-    Raises:
-        UserError: names everything that this machine lacks.
-    """
-    import torch
-
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    on_cuda = cfg.run.device is Device.cuda or (cfg.run.device is Device.auto and devices > 0)
-    found = []
-    if cfg.run.device is Device.cuda and not devices:
-        found.append("run.device=cuda: torch finds no CUDA device here; use run.device=auto, or a torch built for CUDA")
-    elif on_cuda and local_ranks > devices:
-        found.append(
-            f"{local_ranks} ranks on this machine: it has {devices} CUDA devices; "
-            f"start {devices} ranks, or use run.device=cpu"
-        )
-    bf16 = {Dtype.bf16, Dtype.fp8} & {cfg.precision.weights, cfg.precision.compute}
-    if devices and on_cuda and cfg.precision.compute is Dtype.fp8 and torch.cuda.get_device_capability() < (8, 9):
-        found.append(
-            f"precision.compute=fp8: {torch.cuda.get_device_name()} has no tensor cores for FP8 (capability 8.9); "
-            "use precision.compute=bf16"
-        )
-    if devices and on_cuda and bf16 and not torch.cuda.is_bf16_supported():
-        found.append(f"precision.compute=bf16: {torch.cuda.get_device_name()} has no bf16; use precision=fp32")
-    if cfg.optim.name.startswith("bnb_paged_") and not on_cuda:
-        plain = "adamw" if cfg.optim.name == "bnb_paged_adamw" else cfg.optim.name.replace("paged_", "")
-        found.append(f"optim={cfg.optim.name}: pages between CUDA's memory and the host; on a CPU use optim={plain}")
-    if cfg.loss.kind is LossKind.liger and not on_cuda:
-        found.append("loss=liger: its kernels run on CUDA alone; use loss=chunked")
-    if cfg.model.attention is Attention.flash_attention_2 and not on_cuda:
-        found.append("model.attention=flash_attention_2: runs on CUDA alone; use model.attention=sdpa")
-    if found:
-        raise UserError("\n".join(found))

@@ -6,7 +6,7 @@ import transformers
 
 from parallel.config import SequenceKind
 from parallel.sequence.strategy import cut_of
-from trainer.check import no_states
+from trainer.check_ranks import no_states
 from trainer.errors import UserError
 from trainer.schema import Attention, Config
 

@@ -16,7 +16,8 @@ from parallel.launch import World, connected, launched_rank
 from parallel.sequence.strategy import Strategy
 from parallel.shard import reshard
 from trainer.by_position import Buckets, buckets_of
-from trainer.check import check_hardware, sequence_problems
+from trainer.check_machine import check_hardware
+from trainer.check_ranks import sequence_problems
 from trainer.cli.compose import load_saved
 from trainer.data import IGNORE
 from trainer.data.batch import Batch

@@ -318,6 +318,8 @@ class Combination:
             narrow = {} if self.is_exact else settings.get("narrow", {})
             for axis, name in {**settings.get("reference", {}), **narrow}.items():
                 chosen[axis] = self[axis] if name == OWN else name
+        if chosen.get("in_backward") == "yes":  # as another value asks: by the norm of all gradients it has to clip so
+            chosen["clip"] = self["clip"]
         return Combination.of(**chosen)
 
     def overrides(self) -> list[str]:

@@ -247,7 +247,7 @@ def test_what_cannot_compute_in_float8_is_told_before_launch(overrides: list[str
 
 
 def test_a_missing_torchao_is_told_before_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer import check
+    from trainer import check_machine as check
 
     found = check.importlib.util.find_spec
     monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None if name == "torchao" else found(name))

@@ -12,7 +12,7 @@ from torch import nn
 
 from optim import registry
 from optim.config import LibraryConfig, States
-from trainer.check import check_hardware
+from trainer.check_machine import check_hardware
 from trainer.cli.compose import load
 from trainer.errors import UserError
 

@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from optim import registry
 from optim.config import Basis, OnRefresh, ProjType, Refresh, States
 from optim.config_library import LibraryConfig
+from optim.config_lowrank import Products
 from parallel.dtensor import Layout, local
 from tests.optim.sharded import (
     LARGE,
@@ -47,6 +48,7 @@ VARIANTS = [
     ("galore", {"proj_type": ProjType.reverse_std, "refresh": Refresh.randomized, "on_refresh": OnRefresh.rotate}),
     ("galore", {"basis_copies": True, "on_refresh": OnRefresh.procrustes}),
     ("fira", {"proj_type": ProjType.reverse_std}),
+    *(("galore", {"products": Products.bf16, "proj_type": side}) for side in (ProjType.left, ProjType.right)),
     ("apollo", {"refresh": Refresh.warm, "proj_type": ProjType.left}),
     ("apollo", {"proj_type": ProjType.right}),
     ("apollo_mini", {"proj_type": ProjType.reverse_std}),

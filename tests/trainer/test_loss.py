@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from trainer import check
+from trainer import check_machine
 from trainer.cli.compose import load
 from trainer.data import IGNORE
 from trainer.errors import UserError
@@ -281,8 +281,8 @@ def test_a_head_with_a_bias_is_refused_where_cut_cross_entropy_takes_none(monkey
 
 
 def test_a_torch_without_the_loss_is_told_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check.torch_has_the_loss() == hasattr(nn.functional, "linear_cross_entropy")
-    monkeypatch.setattr(check, "torch_has_the_loss", lambda: False)
+    assert check_machine.torch_has_the_loss() == hasattr(nn.functional, "linear_cross_entropy")
+    monkeypatch.setattr(check_machine, "torch_has_the_loss", lambda: False)
     with pytest.raises(UserError, match=r"loss=torch: torch .* has no linear_cross_entropy yet; use loss=chunked"):
         load(["loss=torch"])
 

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from trainer import check
+from trainer import check, check_ranks
 from trainer.cli.compose import as_object, compose, conclude, message
 from trainer.cli.main import leads
 from trainer.cli.overrides import Findings
@@ -75,7 +75,9 @@ def load(overrides: list[str], ranks: int) -> Config:
     composed = compose(overrides, found)
     cfg = None if composed is None else as_object(composed, found)
     if cfg is not None:
-        conclude(found, [*check.problems(cfg), *check.rank_count_problems(cfg, ranks), *check.schedule_problems(cfg)])
+        conclude(
+            found, [*check.problems(cfg), *check_ranks.rank_count_problems(cfg, ranks), *check.schedule_problems(cfg)]
+        )
     if found.problems or cfg is None:
         raise UserError(message(found.problems))
     return cfg

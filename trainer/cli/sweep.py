@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from trainer import check
+from trainer import check, check_machine
 from trainer.cli import store
 from trainer.cli.compose import as_object, conclude, judge, message, text
 from trainer.cli.main import leads, report
@@ -135,7 +135,7 @@ def run_job(cfg: DictConfig, folder: Path, number: int, overrides: list[str]) ->
         from trainer.run import run
 
         config = checked(cfg, folder)
-        check.check_hardware(config)
+        check_machine.check_hardware(config)
         run(config)
         return ended(0)
     except (UserError, TrainingStopped, Interrupted) as error:

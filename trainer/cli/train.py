@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.check import check_hardware
+from trainer.check_machine import check_hardware
 from trainer.cli.compose import load, to_yaml
 from trainer.cli.main import leads
 from trainer.errors import UserError
