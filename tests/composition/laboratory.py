@@ -168,7 +168,8 @@ class Laboratory:
 
 def twins(combination: Combination) -> list[Combination]:
     """Single processes that show how far the method of a combination drifts by itself: those that split the batch
-    otherwise, that keep what 8-bit codes lose where it shows at all, and in narrow formats that run MLPs otherwise."""
+    otherwise, that keep what 8-bit codes lose where it shows at all, and in narrow formats that run MLPs otherwise, and
+    attention too where rows are split, by other kernels."""
     method = combination.reference
     found = [method.but(accumulation=n) for n in TWINS]
     if combination.splits_codes:
@@ -176,6 +177,9 @@ def twins(combination: Combination) -> list[Combination]:
     if not combination.is_exact:
         other = "whole" if method["mlp"] == "tiled" else "tiled"
         found += [method.but(mlp=other, accumulation=n) for n in MORE_TWINS]
+        if combination["sequence"] != "none":
+            other = "transformers" if method["blocks"] == "lean" else "lean"
+            found += [method.but(blocks=other, accumulation=n) for n in MORE_TWINS]
     return found
 
 
