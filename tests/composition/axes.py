@@ -145,7 +145,8 @@ AXES: tuple[Axis, ...] = (
         v("global", "train.clip_norm=0.1"),
         v("parameter", "train.clip_norm=0.1", "train.clip_by=parameter"),
         v("previous", "train.clip_norm=0.1", "train.clip_by=previous", reference={"in_backward": OWN}),
-        v("two_pass", "train.clip_norm=0.1", "train.clip_by=two_pass", reference={"clip": "global"}),
+        v("two_pass", "train.clip_norm=0.1", "train.clip_by=two_pass",
+          reference={"clip": "global", "in_backward": "no"}),
     )),
     Axis("model", "attention of all layers by softmax, linear, or linear in every other one", True, (
         v("llama"),
@@ -318,8 +319,6 @@ class Combination:
             narrow = {} if self.is_exact else settings.get("narrow", {})
             for axis, name in {**settings.get("reference", {}), **narrow}.items():
                 chosen[axis] = self[axis] if name == OWN else name
-        if chosen.get("in_backward") == "yes":  # as another value asks: by the norm of all gradients it has to clip so
-            chosen["clip"] = self["clip"]
         return Combination.of(**chosen)
 
     def overrides(self) -> list[str]:
