@@ -434,6 +434,7 @@ def test_every_optimizer_steps_shards_as_the_whole(count):
     holds(count, "named")
 
 
+@pytest.mark.slow
 def test_so_does_every_side_refresh_and_way_to_keep_moments():
     holds(3, "variants")
 

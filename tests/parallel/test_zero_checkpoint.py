@@ -3,6 +3,7 @@
 Processes start once for each part of a chain, and take every optimizer and codec through it.
 """
 
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -78,17 +79,15 @@ def go_on(folder: Path, every: Methods, layout: list[str], begin: int, end: int)
             save(world, built, folder / name, end)
 
 
-def far(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str) -> float:
-    """Largest difference, as part of the largest value of its tensor."""
+def far(found: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str, order: float) -> float:
+    """Largest difference of a tensor, as part of its size, both in the vector norm of this order."""
     assert found.keys() == wanted.keys()
-    sizes = {name: float(wanted[name].double().abs().max()) for name in wanted if name.startswith(prefix)}
-    return max(
-        float((found[name].double() - wanted[name].double()).abs().max()) / (size or 1.0)
-        for name, size in sizes.items()
-    )
+    pairs = [(found[name].double(), wanted[name].double()) for name in wanted if name.startswith(prefix)]
+    sizes = [tuple(float(torch.linalg.vector_norm(x, order)) for x in (one - other, other)) for one, other in pairs]
+    return max(apart / (size or 1.0) for apart, size in sizes)
 
 
-def follow(chain: list[Part], every: Methods, folder: Path) -> dict[str, float]:
+def follow(chain: list[Part], every: Methods, folder: Path, order: float = inf) -> dict[str, float]:
     """Train part by part. What a part loads is what the one before has saved, byte for byte. Return how far each
     method's weights are from those of the same steps in one process without a stop."""
     end = STEPS * len(chain)
@@ -104,7 +103,7 @@ def follow(chain: list[Part], every: Methods, folder: Path) -> dict[str, float]:
             assert again.keys() == before.keys() and numbers_again == numbers, f"{name}, step {step}"
             assert [key for key in before if not torch.equal(before[key], again[key])] == [], f"{name}, step {step}"
         found, wanted = (saved(folder / kind / name, end)[0] for kind in ("parts", "alone"))
-        distances[name] = far(found, wanted, "model/")
+        distances[name] = far(found, wanted, "model/", order)
     return distances
 
 
@@ -114,11 +113,12 @@ def test_a_run_goes_on_at_another_rank_count_and_stage(tmp_path: Path) -> None:
     assert {name: distance for name, distance in found.items() if not distance < 1e-9} == {}
 
 
-EXACT, FP32, INT8 = 1e-6, 0.02, float("inf")
-"""How far weights may be from one process's. fp64: a code on the border of two may turn. fp32: where a gradient is all
-rounding error, its sign decides a whole step of Adam's, which another order of summing turns (torch's AdamW, too).
+EXACT, FP32, INT8 = (inf, 1e-6), (2.0, 0.01), (2.0, inf)
+"""How far weights may be from one process's, in which norm. fp64, each weight: a code on the border of two may turn.
+fp32, all of a tensor: another order of summing turns the sign of a gradient that is all rounding, and codes, which
+decide a whole step of Adam's for that weight; it is 5e-7 with fp32 states, and 3e-3 with those of COAT, who keep most.
 int8 weights: products in bf16, and each step draws one of two codes; tests/composition says how far that drifts."""
-CHAINS: dict[str, tuple[list[Part], Methods, str, float]] = {
+CHAINS: dict[str, tuple[list[Part], Methods, str, tuple[float, float]]] = {
     "torch": (LONG, methods(), "fp64", EXACT),
     "int8 weights": (LONG, {name: options(name) for name in ("adamw", "galore_8bit", *OF_INT8)}, "int8_sr", INT8),
     "bitsandbytes": (REPLICAS, {name: [f"optim={name}"] for name in ("bnb_adamw_8bit", "bnb_lion_8bit")}, "fp32", FP32),
@@ -135,7 +135,7 @@ CHAINS: dict[str, tuple[list[Part], Methods, str, float]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
 def test_every_optimizer_and_codec_goes_on_at_any_rank_count_stage_and_engine(chain: str, tmp_path: Path) -> None:
-    parts, every, precision, limit = CHAINS[chain]
+    parts, every, precision, (order, limit) = CHAINS[chain]
     every = {name: [*own, *WIDE, f"precision={precision}"] for name, own in every.items()}
-    found = follow(parts, every, tmp_path)
+    found = follow(parts, every, tmp_path, order)
     assert {name: distance for name, distance in found.items() if not distance < limit} == {}
