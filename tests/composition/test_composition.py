@@ -31,6 +31,10 @@ FOUND = [
     Combination.of(ranks=2, zero=3, blocks="lean"),
     # after a run of DeepSpeed's ZeRO-3 in the same process, whose `linear` was left in place of torch's
     Combination.of(ranks=2, zero=3, blocks="lean", activations="int8", packing="best_fit"),
+    # what was known of a matrix was learned while it had no values: torch's kernel stepped beyond its states
+    Combination.of(optimizer="galore", ranks=2, zero=2, engine="deepspeed", precision="fp32"),
+    # a refresh stepped by exact products, and by rounded ones where shards cut the projected side
+    Combination.of(optimizer="galore", side="reverse_std", products="bf16", ranks=2, zero=3),
 ]
 """Combinations that once went wrong."""
 
