@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trainer import check
+from trainer import check_machine
 from trainer.cli import main as cli
 from trainer.cli import store
 from trainer.cli.compose import load, load_saved, to_yaml
@@ -44,7 +44,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
         (folder / "summary.json").write_text(json.dumps({"eval_loss": 1.25, "eval_perplexity": 3.5}))
 
     monkeypatch.setitem(sys.modules, "trainer.run", types.SimpleNamespace(run=run))
-    monkeypatch.setattr(check, "check_hardware", lambda cfg: None)
+    monkeypatch.setattr(check_machine, "check_hardware", lambda cfg: None)
     monkeypatch.setattr("trainer.cli.train.check_hardware", lambda cfg: None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optim.config import AdamWConfig
-from trainer import check
+from trainer import check, check_machine
 from trainer.cli.compose import load
 from trainer.errors import UserError
 from trainer.schema import Config
@@ -170,13 +170,13 @@ def test_the_machine_is_held_against_the_configuration(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg = load(["run.device=cuda"])
     with pytest.raises(UserError, match="run.device=cuda: torch finds no CUDA device here"):
-        check.check_hardware(cfg)
-    check.check_hardware(load([]))
+        check_machine.check_hardware(cfg)
+    check_machine.check_hardware(load([]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 ranks on this machine: it has 1 CUDA devices"):
-        check.check_hardware(cfg)
+        check_machine.check_hardware(cfg)
 
 
 def test_copies_of_a_basis_are_refused_where_nothing_is_sharded():
