@@ -23,8 +23,8 @@ GROUPED = frozenset(
 """Norms, activations and products, whose saved inputs are kept with a scale for each group. What others save stays:
 attention needs its operands as they are, and dropout's masks are bytes already."""
 
-ATTENTIONS = frozenset({"sequence_attention", "linear_attention"})
-"""Functions of ours that save what attention saves."""
+OURS = frozenset({"linear_attention"})
+"""Functions of ours that rules may name."""
 ATTENTION_KERNELS = (
     "scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
@@ -195,4 +195,4 @@ def kernels(operator: str) -> tuple[str, ...]:
 
 def is_operator(name: str) -> bool:
     places: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor)
-    return name in LINEAR | GROUPED | ATTENTIONS or any(callable(getattr(place, name, None)) for place in places)
+    return name in LINEAR | GROUPED | OURS or any(callable(getattr(place, name, None)) for place in places)

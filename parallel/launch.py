@@ -68,6 +68,12 @@ def another_group(world: World, timeout: float) -> dist.ProcessGroup | None:
     return None if world.control is None else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
+def sharing_ranks(world: World) -> list[list[int]]:
+    """Process ranks by the rows they share: neighbours, `sequence_degree` of them."""
+    degree = world.sequence_degree
+    return [list(range(base, base + degree)) for base in range(0, world.process_count, degree)]
+
+
 def sequence_group(world: World, timeout: float) -> dist.ProcessGroup | None:
     """Return a gloo group of the ranks that share this one's rows; None where it has whole rows. All ranks make theirs
     together.
@@ -75,12 +81,10 @@ def sequence_group(world: World, timeout: float) -> dist.ProcessGroup | None:
     Args:
         timeout: seconds a collective in it may take.
     """
-    degree = world.sequence_degree
-    if degree == 1:
+    if world.sequence_degree == 1:
         return None
-    groups = [list(range(base, base + degree)) for base in range(0, world.process_count, degree)]
     mine, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
-        groups, timeout=timedelta(seconds=timeout), backend="gloo"
+        sharing_ranks(world), timeout=timedelta(seconds=timeout), backend="gloo"
     )
     return mine  # type: ignore[no-any-return]
 

@@ -8,8 +8,8 @@ of width x width along a document, which the heads that share it read:
 
 rotated after phi (RoFormer, arXiv:2104.09864, section 3.3) and with an RMSNorm of each head in place of a denominator
 (Qin et al. 2022, arXiv:2210.10340). Features are positive whatever the kind: of signed ones, as some of the papers
-have, what a document's first token reads of itself may be next to nothing, which the norm blows up (gradients of a new
-model in bf16 were 1e-2 to 1e-1 off, and are 1e-3 as softmax's). Kinds differ in a: see `linear_config`.
+have, what a document's first token reads of itself may be next to nothing, which the norm blows up. Kinds differ in a:
+see `linear_config`.
 
 An exported model takes this file along, so that others can open it with trust_remote_code=True.
 """

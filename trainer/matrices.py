@@ -5,7 +5,7 @@ whole (a projection, Newton-Schulz, means over columns) sends more where rows ar
 much is measured: the optimizer steps rows of a fake tensor of that shape, and its collectives are counted.
 
 Bytes that a rank sends beside those of gradient and weight, as part of them, for (n, n), a gate and a down projection
-of a LLaMA block with n = 1024 and a rank of n / 4, in fp32:
+of a LLaMA block with n = 1024 and a rank of n / 4, in fp32 (tests/parallel/test_owners.py):
 
     galore, fira            12.5 %   4.7 %   25 %
     apollo                  12.5 %   4.7 %   13 %

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import ParallelConfig
-from parallel.launch import World
+from parallel.launch import World, sharing_ranks
 from parallel.pretended import PretendedGroup
 from parallel.sequence.layout import Cut
 from parallel.sequence.links import Alone, Connection, Links, PretendedLinks
@@ -49,11 +49,9 @@ def connect(world: World, cut: Cut, timeout: float = 600.0) -> tuple[Connection,
 
 def connect_all(world: World, cfg: ParallelConfig) -> Connection:
     """Connect this rank to all that it shares rows with."""
-    degree = world.sequence_degree
     if isinstance(world.gradients, PretendedGroup):
-        return alone_or_pretended(degree)
-    groups = [list(range(base, base + degree)) for base in range(0, world.process_count, degree)]
-    return links_among(groups, cfg.timeout, world.device)
+        return alone_or_pretended(world.sequence_degree)
+    return links_among(sharing_ranks(world), cfg.timeout, world.device)
 
 
 def alone_or_pretended(count: int) -> Connection:

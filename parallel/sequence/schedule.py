@@ -195,7 +195,7 @@ def carry_out(work: Work, layout: Layout, links: Connection) -> None:
         borrowed = borrowing.wait()
         borrowing = begin(following) if following is not None else Pending([])
         results = compute(turn.mine, borrowed)
-        del borrowed  # a step's buffers live no longer than `loans_held` says
+        del borrowed  # a step's buffers live no longer than `lightseq.cost_of` says
         take(lent, returning.wait())
         lent, returning = turn.other, give_back(turn, results)
     take(lent, returning.wait())

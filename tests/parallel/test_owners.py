@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel.launch import World, connected
 from parallel.mesh import make_grid
 from parallel.owners import Owners, balanced
-from parallel.pretended import pretended_ranks
+from parallel.pretended import PretendedGroup, pretended_ranks
 from tests.parallel.sharded import BASE, Outcome, make, on_each_rank, step_batch, train_each
 from trainer.cli.compose import load
 from trainer.errors import UserError
-from trainer.matrices import EVEN, owners_of, state_bytes, unevenness
+from trainer.matrices import EVEN, owners_of, sent_anyway, sent_beside, state_bytes, unevenness
 from trainer.model import build_model
 from trainer.plan import planned_config, predict
 from trainer.step import train_step
@@ -160,3 +162,25 @@ def test_what_would_have_no_effect_is_refused(overrides: str, message: str, monk
 def test_more_ranks_than_tensors_to_own_are_refused() -> None:
     with pytest.raises(ValueError, match="64 ranks cannot share out 21 tensors that are stepped whole"):
         chosen(64, "optim=bnb_adamw_8bit", "precision=fp32")
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("galore", (12.5, 4.7, 25)), ("fira", (12.5, 4.7, 25)), ("apollo", (12.5, 4.7, 13)),
+        ("qgalore", (1.6, 0.6, 26)), ("cosmos", (540, 200, 250)), ("adafactor", (0.1, 0.04, 0.1)), ("adamw", (0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_rows_send_beside_gradient_and_weight_what_the_table_says(name: str, expected: tuple[float, ...]) -> None:
+    """That of `trainer/matrices.py`, on two ranks, in per cent."""
+    rank = [] if name in ("adafactor", "adamw") else ["optim.rank=256"]
+    int8 = ["precision=int8_sr"] if name == "qgalore" else []
+    cfg = load([f"optim={name}", "parallel.zero=1", "run.device=cpu", *rank, *int8])
+    shapes = {"self_attn.q_proj": (1024, 1024), "mlp.gate_proj": (2736, 1024), "mlp.down_proj": (1024, 2736)}
+    with pretended_ranks(cfg.parallel, 2), FakeTensorMode():
+        world = World(process_count=2, device=torch.device("cpu"), gradients=PretendedGroup(2))
+        grid = make_grid(world, cfg.parallel)
+        weights = {f"model.layers.0.{part}.weight": nn.Parameter(torch.zeros(shape)) for part, shape in shapes.items()}
+        beside = sent_beside(cfg, world, weights, grid)
+        found = [100 * beside[key] / sent_anyway(weight, grid) for key, weight in weights.items()]
+    assert found == pytest.approx(expected, rel=0.1)

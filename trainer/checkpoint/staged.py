@@ -27,7 +27,8 @@ class SmallFirstPlanner(DefaultSavePlanner):
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         plan = super().finish_plan(new_plan)
-        return replace(plan, items=sorted(plan.items, key=_bytes_of))
+        self.plan = replace(plan, items=sorted(plan.items, key=_bytes_of))
+        return self.plan
 
 
 def _bytes_of(item: WriteItem) -> int:

@@ -38,9 +38,10 @@ def main(arguments: list[str]) -> int:
     check_step(run, asked.step)
     check_overrides(asked.overrides)
     load_saved(run / "config.yaml", asked.overrides)  # mistakes come before torch is imported
-    if os.environ.get("WORLD_SIZE", "1") == "1" and any(each.startswith("parallel.zero=") for each in asked.overrides):
+    stages = [each for each in asked.overrides if each.startswith("parallel.zero=")]
+    if stages and os.environ.get("WORLD_SIZE", "1") == "1":
         raise UserError(
-            "parallel.zero: one process has nobody to share weights with; start several (torchrun --nproc-per-node N "
+            f"{stages[-1]}: one process has nobody to share weights with; start several (torchrun --nproc-per-node N "
             "-m trainer eval RUN ...), or leave it out"
         )
     if run != asked.run and leads() and not asked.json:
