@@ -64,6 +64,10 @@ ENGINES: list[Part] = [(1, zero(0)), (2, zero(3, DEEPSPEED)), (3, zero(3)), (2, 
 """259, 136 and 64 rows do not all split over 3 ranks."""
 
 
+def is_coded(name: str) -> bool:
+    return any(word in name for word in ("8", "4"))
+
+
 def go_on(folder: Path, every: Methods, layout: list[str], begin: int, end: int) -> None:
     """On each rank: load what each method's folder holds, save it again as it is, train some steps, save."""
     torch.set_num_threads(1)
@@ -113,11 +117,13 @@ def test_a_run_goes_on_at_another_rank_count_and_stage(tmp_path: Path) -> None:
     assert {name: distance for name, distance in found.items() if not distance < 1e-9} == {}
 
 
-EXACT, FP32, INT8 = (inf, 1e-6), (2.0, 0.01), (2.0, inf)
+EXACT, FP32, INT8 = (inf, 1e-6), (2.0, 1e-3), (2.0, inf)
 """How far weights may be from one process's, in which norm. fp64, each weight: a code on the border of two may turn.
-fp32, all of a tensor: another order of summing turns the sign of a gradient that is all rounding, and codes, which
-decide a whole step of Adam's for that weight; it is 5e-7 with fp32 states, and 3e-3 with those of COAT, who keep most.
-int8 weights: products in bf16, and each step draws one of two codes; tests/composition says how far that drifts."""
+fp32, all of a tensor: another order of summing turns the sign of a gradient that is all rounding, which decides a whole
+step of Adam's for that weight (found: 2e-4 for apollo_mini, 2e-5 for others). int8 weights: products in bf16, and each
+step draws one of two codes; tests/composition says how far that drifts."""
+CODED = 0.01
+"""Of FP32, where moments are in 8 bits or fewer: a code that turns decides as much (found: 3.5e-3 for FP8)."""
 CHAINS: dict[str, tuple[list[Part], Methods, str, tuple[float, float]]] = {
     "torch": (LONG, methods(), "fp64", EXACT),
     "int8 weights": (LONG, {name: options(name) for name in ("adamw", "galore_8bit", *OF_INT8)}, "int8_sr", INT8),
@@ -138,4 +144,5 @@ def test_every_optimizer_and_codec_goes_on_at_any_rank_count_stage_and_engine(ch
     parts, every, precision, (order, limit) = CHAINS[chain]
     every = {name: [*own, *WIDE, f"precision={precision}"] for name, own in every.items()}
     found = follow(parts, every, tmp_path, order)
-    assert {name: distance for name, distance in found.items() if not distance < limit} == {}
+    limits = {name: max(limit, CODED) if (order, limit) == FP32 and is_coded(name) else limit for name in found}
+    assert {name: distance for name, distance in found.items() if not distance < limits[name]} == {}
