@@ -6,6 +6,7 @@ states made at construction (so that a checkpoint always holds them and needs no
 torch's cast of every state to its parameter's dtype.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +23,12 @@ from optim.sharded import copy_whole_
 
 CHUNK = 2**22
 """Values of a low-precision tensor that are held in fp32 at a time (16 MiB)."""
+CUDA_CHUNK = 2**24
+"""The same on CUDA (64 MiB), where each piece is a few kernels to be launched: pieces of 16 MiB would leave the device
+waiting for the host."""
 
 
+@functools.cache
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of states and arithmetic for weights of `dtype`: at least fp32, fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

@@ -148,12 +148,16 @@ def scaled_add(
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr, WRITE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """W <- beta W + G s, with s for each row, each column or all."""
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    first_place = tl.program_id(0).to(tl.int64) * SIZE
+    place = first_place + tl.arange(0, SIZE)
     mask = place < count
+    # Of 64 bits only once a program: a division of such numbers takes as long as everything else here.
+    first_row = first_place // width
+    column = (first_place - first_row * width).to(tl.int32) + tl.arange(0, SIZE)
     if BY_ROW:
-        s = tl.load(factor + place // width, mask, other=0.0)
+        s = tl.load(factor + first_row + column // width, mask, other=0.0)
     elif BY_COLUMN:
-        s = tl.load(factor + place % width, mask, other=0.0)
+        s = tl.load(factor + column % width, mask, other=0.0)
     else:
         s = tl.load(factor)
     g = tl.load(grad + place, mask, other=0.0).to(tl.float32)

@@ -9,6 +9,9 @@ gain are fewer than one batch differs from the next by. A basis rounded once tur
 found in fp32 either way. A CPU rounds the operands and multiplies in fp32: the same numbers, no faster.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -34,8 +37,23 @@ def add_product_(c: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float) 
         return  # torch cannot pretend this one, which allocates nothing
     if c.is_cuda and c.dtype is torch.float32:
         torch.addmm(c, a, b, out_dtype=c.dtype, beta=beta, alpha=alpha, out=c)
+    elif c.is_cuda and c.dtype is torch.bfloat16:
+        with _whole_sums():
+            c.addmm_(a, b, beta=beta, alpha=alpha)
     else:
         c.addmm_(a.to(c.dtype), b.to(c.dtype), beta=beta, alpha=alpha)
+
+
+@contextmanager
+def _whole_sums() -> Iterator[None]:
+    """Sum in fp32 to the end: by default torch lets parts of a sum, if cuBLAS makes several, meet in bf16."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _narrowed(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optim.base import CHUNK, read
+from optim import fused
+from optim.base import CHUNK, CUDA_CHUNK, read
 from optim.products import add_product_, product
 from optim.rounding import Store
 from parallel.dtensor import WHOLE, Layout
@@ -77,15 +78,23 @@ def add_back_(
 ) -> None:
     """W <- beta W + alpha back(low), without a matrix of W's size beside it.
 
-    A weight of lower precision than the basis is widened, updated and rounded once, by chunks of rows.
+    A weight of lower precision than the basis is updated in the basis's and rounded once: by the product itself, which
+    sums in fp32, where that is one of bf16 on CUDA and rounds to the nearest; else by chunks of rows.
     """
     add_ = add_product_ if products == "bf16" else Tensor.addmm_
-    if weight.dtype == basis.dtype:
+    rounded = products == "bf16" and weight.is_cuda and weight.dtype is torch.bfloat16 and store is Tensor.copy_
+    if weight.dtype == basis.dtype or rounded:
         left, right = (basis.T, low) if side == "left" else (low, basis)
         add_(weight, left, right, beta=beta, alpha=alpha)
         return
+    by_kernel = fused.usable(weight) and fused.writes(store) and basis.dtype is torch.float32
+    size = basis.new_full((1, 1), alpha) if by_kernel else None
     for rows in row_slices(weight):
         left, right = (basis[:, rows].T, low) if side == "left" else (low[rows], basis)
+        if size is not None:
+            step = product(left, right, basis.dtype) if products == "bf16" else left @ right
+            fused.scaled_add_(weight[rows], step, size, beta=beta, store=store)
+            continue
         wide = weight[rows].to(basis.dtype)
         add_(wide, left, right, beta=beta, alpha=alpha)
         store(weight[rows], wide)
@@ -129,7 +138,7 @@ def _gram(grad: Tensor, side: Side) -> Tensor:
     """G G^T (left) or G^T G (right) in fp64, widening a part of G at a time."""
     tall = grad.T if side == "left" else grad
     total = grad.new_zeros((tall.shape[1], tall.shape[1]), dtype=torch.float64)
-    for rows in row_slices(tall):
+    for rows in row_slices(tall, CHUNK):
         part = tall[rows].double()
         total.addmm_(part.T, part)
     return total
@@ -171,8 +180,9 @@ def fixed_signs(basis: Tensor) -> Tensor:
     return basis * torch.where(largest < 0, -1.0, 1.0).to(basis.dtype)
 
 
-def row_slices(matrix: Tensor) -> Iterator[slice]:
-    """Slices of whole rows, about CHUNK values each."""
-    rows = max(CHUNK // max(matrix.shape[1], 1), 1)
+def row_slices(matrix: Tensor, values: int | None = None) -> Iterator[slice]:
+    """Slices of whole rows, about `values` numbers each: CHUNK of them, CUDA_CHUNK on CUDA, if not given."""
+    values = values or (CUDA_CHUNK if matrix.is_cuda else CHUNK)
+    rows = max(values // max(matrix.shape[1], 1), 1)
     for start in range(0, matrix.shape[0], rows):
         yield slice(start, min(start + rows, matrix.shape[0]))

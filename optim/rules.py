@@ -24,7 +24,7 @@ from optim.base import CHUNK, Group, State, contiguous_as, state_dtype
 from optim.codec import PLAIN, Codec, codec_for, rows_of
 from optim.rounding import Store
 from optim.sharded import new_tensors
-from parallel.dtensor import Layout
+from parallel.dtensor import WHOLE, Layout
 
 CODED_CHUNK = 2**18
 """Values of a coded state that are decoded at a time on a CPU, so that the steps between find them in a cache."""
@@ -50,13 +50,13 @@ class Stepped:
     grad: Tensor
     state: State
     store: Store = Tensor.copy_
-    layout: Layout = Layout(())
+    layout: Layout = WHOLE
     """Of the whole tensor; of `param` itself if not given."""
     fresh: bool = False
     """Whether `param` stands for zeros, which need not be there: the step is written, and nothing read."""
 
     def __post_init__(self) -> None:
-        if self.layout.whole:
+        if self.layout is WHOLE:
             object.__setattr__(self, "layout", Layout(tuple(self.param.shape)))
 
 

@@ -13,6 +13,7 @@ from optim import AdamW, APOLLOMini, GaLoreAdamW, fused
 from optim.apollo import APOLLO
 from optim.codec import CODECS, codec_for
 from optim.fused import Draws, Rates
+from optim.projection import add_back_
 from optim.rounding import Stochastic
 from optim.rules import AdamRule, Stepped
 from parallel.dtensor import Layout
@@ -139,6 +140,24 @@ def test_a_scaled_gradient_is_added_by_rows_columns_or_whole(size):
     expected = 0.9 * weight + grad * factor
     fused.scaled_add_(weight, grad, factor, beta=0.9)
     torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
+
+
+@interpreted
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
+def test_a_step_comes_back_into_bf16_weights_by_pieces_as_by_the_operators(side, products, monkeypatch):
+    monkeypatch.setattr("optim.projection.CHUNK", 7 * 300)
+    monkeypatch.setattr("optim.projection.CUDA_CHUNK", 7 * 300)
+    expected = gradient((20, 300), 1, torch.bfloat16)
+    found = expected.clone()
+    low = gradient((4, 300) if side == "left" else (20, 4), 2)
+    basis = gradient((4, 20 if side == "left" else 300), 3)
+    for weight, by_kernel in ((expected, False), (found, True)):
+        monkeypatch.setattr(fused, "usable", lambda *_, by_kernel=by_kernel: by_kernel)
+        store = Draws("w", 0, weight)
+        add_back_(weight, low, basis, side, beta=0.9, alpha=-0.5, store=store, products=products)
+    # A last bit of the fp32 step turns one draw in 2**16.
+    assert float((expected != found).float().mean()) < 2e-3 and not torch.equal(found, gradient((20, 300), 1, found.dtype))
 
 
 def test_kernels_are_left_to_cuda_and_to_tensors_that_they_can_walk():
