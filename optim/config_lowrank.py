@@ -195,7 +195,7 @@ class GaLoreConfig(ProjectedConfig, AdamWConfig):
     lr: float = 1e-2
     compat: Compat = Compat.torch
     """torch: eps after the bias correction, decay before the update. authors: galore-torch step for step
-    (eps before the correction, decay after the update, refresh=svd)."""
+    (eps before the correction, decay after the update, refresh=svd). Their default is eps=1e-6."""
 
     def combination_problems(self) -> list[str]:
         found = super().combination_problems()
@@ -242,7 +242,7 @@ class ApolloConfig(ProjectedConfig, AdamWConfig):
     """What shares a scale: each channel, or the whole matrix (`tensor`, for rank 1)."""
     compat: Compat = Compat.torch
     """torch: eps after the bias correction, decay before the update, bases drawn by parameter name. authors:
-    apollo-torch step for step, its seeds by position included (refresh=random or svd)."""
+    apollo-torch step for step, its seeds by position included (refresh=random or svd). Their default is eps=1e-6."""
 
     def combination_problems(self) -> list[str]:
         if self.compat is Compat.authors:

@@ -157,7 +157,9 @@ def test_a_step_comes_back_into_bf16_weights_by_pieces_as_by_the_operators(side,
         store = Draws("w", 0, weight)
         add_back_(weight, low, basis, side, beta=0.9, alpha=-0.5, store=store, products=products)
     # A last bit of the fp32 step turns one draw in 2**16.
-    assert float((expected != found).float().mean()) < 2e-3 and not torch.equal(found, gradient((20, 300), 1, found.dtype))
+    assert float((expected != found).float().mean()) < 2e-3 and not torch.equal(
+        found, gradient((20, 300), 1, found.dtype)
+    )
 
 
 def test_kernels_are_left_to_cuda_and_to_tensors_that_they_can_walk():

@@ -105,6 +105,28 @@ def test_a_claim_that_falls_short_is_exit_code_1(recipe: Path, trained: list[lis
     assert "FALLS SHORT" in said and "the claim does NOT hold (elsewhere)" in said
 
 
+def test_arms_can_be_run_alone_and_others_added_later(recipe: Path, trained: list[list[str]], capsys: Output) -> None:
+    assert cli.main(["recipe", "run", str(recipe), "--arms", "b"]) == 1
+    assert [load(overrides).optim.name for overrides in trained] == ["galore", "galore"]
+    assert "INCOMPLETE" in capsys.readouterr().out
+    assert cli.main(["recipe", "run", str(recipe), "--arms", "a,b", "--resume"]) == 0
+    assert [load(overrides).optim.name for overrides in trained] == ["galore", "galore", "adamw", "adamw"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ("a,bb", "--arms bb: mine has no such arm; did you mean b? Known: a, b"),
+        ("", "mine has no such arm; Known: a, b"),
+    ],
+)
+def test_arms_that_there_are_none_of_are_refused(
+    recipe: Path, trained: list[list[str]], capsys: Output, arms: str, said: str
+) -> None:
+    assert cli.main(["recipe", "run", str(recipe), "--arms", arms]) == 2
+    assert trained == [] and said in capsys.readouterr().err
+
+
 def test_check_judges_the_newest_batch_alone(recipe: Path, trained: list[list[str]]) -> None:
     assert cli.main(["recipe", "run", str(recipe)]) == 0
     path = Path("runs/recipes/mine/runs.jsonl")
@@ -315,6 +337,14 @@ def test_a_stage_begins_with_the_weights_that_the_arm_before_it_ends_with(
     assert (
         "b: torchrun --nproc-per-node 2 -m trainer recipe=mine model=hf model.path=EXPORT_OF_a model.rope.type" in said
     )
+
+
+def test_a_stage_is_not_run_without_the_arm_it_begins_with(
+    recipe: Path, trained: list[list[str]], capsys: Output
+) -> None:
+    (recipe / "claim.yaml").write_text(STAGES)
+    assert cli.main(["recipe", "run", str(recipe), "--arms", "c"]) == 2
+    assert "--arms c: c begins with the weights of b; add it: b,c" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

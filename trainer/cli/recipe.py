@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,7 @@ DESCRIPTION = """Reproductions: a configuration, what it is claimed to give, and
   stowage recipe show quickstart
   stowage recipe run quickstart                    every arm and seed, each in a process of its own
   stowage recipe run quickstart --seeds 0,1 train.steps=100
+  stowage recipe run lowrank_vs_adamw --arms adamw,galore      some arms only; --resume adds others later
   stowage recipe run quickstart --resume           go on with a batch that was interrupted
   stowage recipe run lowrank_vs_adamw --jobs 8     eight runs at a time, each on a part of a GPU
   stowage recipe check quickstart                  exit code 1 if the last run falls short
@@ -41,7 +43,7 @@ def main(arguments: list[str]) -> int:
         return show(recipe)
     if asked.action == "run":
         seeds = asked.seeds or recipe.claim.seeds
-        measure(recipe, seeds, asked.overrides, out, resume=asked.resume, jobs=asked.jobs)
+        measure(chosen(recipe, asked.arms), seeds, asked.overrides, out, resume=asked.resume, jobs=asked.jobs)
         return judge(recipe, read_results(out, recipe), out)
     return judge(recipe, read_results(out, recipe), out)
 
@@ -51,6 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("action", metavar="ACTION", help=", ".join(ACTIONS))
     parser.add_argument("name", nargs="?", metavar="NAME", help="recipe, by name or by folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="run: changes to every arm, noted beside it")
+    parser.add_argument("--arms", metavar="A,B", help="run: these arms of the claim only; default all")
     parser.add_argument("--seeds", type=seed_list, metavar="0,1,2", help="run: seeds instead of the claim's own")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run, check: results; default runs/recipes/NAME")
     parser.add_argument("--resume", action="store_true", help="run: only what the newest batch of DIR still lacks")
@@ -61,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError(f"stowage recipe {asked.action}: no such action; {near}Known: {', '.join(ACTIONS)}")
     if asked.jobs < 1:
         raise UserError(f"stowage recipe {asked.action}: --jobs {asked.jobs}: at least one run at a time; use --jobs 1")
-    options = {"--seeds": asked.seeds, "--resume": asked.resume, "--jobs": asked.jobs != 1}
+    options = {"--arms": asked.arms, "--seeds": asked.seeds, "--resume": asked.resume, "--jobs": asked.jobs != 1}
     extra = [*asked.overrides, *(option for option, given in options.items() if given)]
     if asked.action != "run" and extra:
         raise UserError(
@@ -75,6 +78,26 @@ def seed_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 0,1,2") from None
+
+
+def chosen(recipe: Recipe, arms: str | None) -> Recipe:
+    """Return the recipe with the named arms alone.
+
+    Raises:
+        UserError: there is no arm of a name, or one that begins with the weights of an arm left out.
+    """
+    if arms is None:
+        return recipe
+    names, known = arms.split(","), recipe.claim.arms
+    for name in names:
+        if name not in known:
+            near = hint(name, known)
+            raise UserError(f"--arms {name}: {recipe.name} has no such arm; {near}Known: {', '.join(known)}")
+        before = known[name].after
+        if before is not None and before not in names:
+            raise UserError(f"--arms {arms}: {name} begins with the weights of {before}; add it: {before},{arms}")
+    kept = {name: arm for name, arm in known.items() if name in names}
+    return replace(recipe, claim=replace(recipe.claim, arms=kept))
 
 
 def list_recipes() -> int:
