@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, longest_row, memory_table, one_rank, optimizer_step, sharding
+from benchmarks import authors, gpu, longest_row, memory_table, one_rank, optimizer_step, sharding
 from benchmarks.optimizer_arms import ARMS, Size, gradients
 
 
@@ -31,6 +31,24 @@ def test_optimizer_step_measures_every_arm_and_judges_the_bars(
     assert found["rounds"] == 3 and found["ratios"]["galore"]["galore products"] > 0
     assert found["captured_over_optimum"]["min"] > 0.9 and "captured / optimum" in found["bars"]
     assert "ms a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", authors.METHODS)
+def test_the_authors_mode_trains_a_model_to_the_perplexity_of_their_package(method: str) -> None:
+    pytest.importorskip(authors.METHODS[method][2])
+    tiny = [
+        "data=stdlib",
+        "data.path=null",
+        "data.eval_path=null",
+        "data.eval_rows=8",
+        "data.sequence_length=64",
+        "train.steps=12",
+        "model.layers=1",
+    ]
+    tiny += ["model.hidden_size=32", "model.intermediate_size=48", "optim.rank=8", "optim.update_proj_gap=5"]
+    packages, ours, default = (authors.trained(method, arm, 0, tiny) for arm in ("authors", *reversed(authors.OURS)))
+    assert ours == pytest.approx(packages, rel=1e-5)
+    assert default != pytest.approx(packages, rel=1e-5)
 
 
 def test_the_longest_row_fits_and_a_longer_one_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
