@@ -1,4 +1,4 @@
-"""A matrix's subspace through time: when its basis is replaced, by what, and what becomes of the moments then.
+"""A matrix's subspace through time: when its basis is replaced, and by what (`on_refresh.py`: what its moments become).
 
 State: `basis` (r, k), fp32 or packed to 4 bits (a random one may be drawn at each use instead of kept); numbers
 `captured` (share of the gradient's energy in a fresh basis), `overlap` (|Q_new Q_old^T|^2 / r, 1 for the same span),
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from optim.affine import Affine4
 from optim.base import Group, State, read, state_dtype
-from optim.codec import PLAIN, Codec, codec_for
+from optim.codec import PLAIN, Codec
+from optim.on_refresh import reset_, rotate_, turned
 from optim.projection import METHODS, Side, basis_shape, find_basis, low_shape, project, side_of
 from optim.rounding import keyed_normal, next_seed, seed_of, seeded_normal
 from optim.rules import Moment
@@ -201,7 +202,10 @@ class Subspace:
         if old is not None:
             turn = new @ old.T
             state["overlap"] = read(turn.square().sum() / len(turn), usual=1.0)
-            new = self._align(new, turn, state, moments)
+            how = self.group["on_refresh"]
+            new = turned(new, turn, how)
+            if how == "rotate":
+                rotate_(state, moments, turn, self.side, self.low, self.group["states"])
         self._settle(state, new, captured, name)
         if low is None or not (new is found and wide == dtype and self.codec.in_place):
             return None
@@ -219,10 +223,7 @@ class Subspace:
                 self.codec.write(state, "basis", slice(None), part, signed=True)
         state["captured"] = captured
         if self.group["on_refresh"] == "reset" and state["refreshes"]:
-            state["step"] = 0
-            for key, value in state.items():
-                if isinstance(value, Tensor) and key not in OWN_KEYS:
-                    value.zero_()
+            reset_(state, OWN_KEYS)
         state["refreshes"] += 1
         self._schedule(state, name)
 
@@ -299,36 +300,6 @@ class Subspace:
         if self.side == "right":
             return low.masked_fill_(weak, 0.0)
         return low.masked_fill_((weak if whole else weak[self.low.mine])[:, None], 0.0)
-
-    def _align(self, new: Tensor, turn: Tensor, state: State, moments: Sequence[Moment]) -> Tensor:
-        """Turn the new basis to the old one, or the moments to the new basis. `turn` is Q_new Q_old^T."""
-        match self.group["on_refresh"]:
-            case "sign":
-                return new * torch.where(turn.diagonal() < 0, -1.0, 1.0).to(new.dtype)[:, None]
-            case "procrustes":
-                u, _, vh = torch.linalg.svd(turn)
-                turned: Tensor = (u @ vh).T @ new
-                return turned
-            case "rotate":
-                for moment in moments:
-                    self._rotate(state, moment, turn if moment.power == 1 else turn.square())
-        return new
-
-    def _rotate(self, state: State, moment: Moment, turn: Tensor) -> None:
-        codec = codec_for(self.group["states"], self.low_shape)
-        home = codec.home(self.low)
-        values = codec.read(state, moment.key, slice(None), turn.dtype, signed=moment.signed)
-        turn = turn.to(values.dtype)
-        if self.side == "right":
-            turned = values @ turn.T
-        elif home.dim == 0:  # rows of the moments are on several ranks, and each of the turned ones is made of all
-            turned = home.scatter(turn[:, home.mine] @ values)
-        else:
-            turned = turn @ values
-        if codec.in_place:
-            state[moment.key].copy_(turned)
-        else:
-            codec.write(state, moment.key, slice(None), turned, signed=moment.signed)
 
 
 def _peak(grad: Tensor) -> Tensor:
