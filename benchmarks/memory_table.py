@@ -53,8 +53,6 @@ What the papers leave out, or count otherwise:
 - **int8 weights** take 1 + 8/group bytes here, the scale and the least value of a group being fp32. Embedding and head
   stay bf16: 0.52 GB of the 7B model's 7.20.
 - **Gradients** are in none of these figures: 2 bytes a weight, or one matrix's worth with `optim.in_backward=true`.
-- **1B in 4 bits:** rows of `down_proj` have 5461 values, an odd number; ours stay fp32 there, torchao's codes go on
-  from row to row.
 - **What agrees:** 8-bit Adam at 7B (paper 13 GB), the moments of APOLLO's matrices at rank 256 (1.62 GB, paper 1.6 GB),
   8-bit GaLore's matrices at rank 1024 with a bf16 basis (5.2 GB, paper 4.9 GB).
 """

@@ -112,7 +112,8 @@ class AdafactorRule(Rule):
         if group["beta1"]:
             codec = codec_for(group["states"], layout.shape)
             home = codec.home(layout)
-            first = codec.read(state, "exp_avg", slice(None), wide, signed=True)
+            width = math.prod(home.local_shape[1:])
+            first = codec.read(state, "exp_avg", slice(None), wide, signed=True, width=width)
             values = first.view(home.local_shape)
             values.lerp_(update if home.dim == layout.dim else layout.move(update, 0), 1.0 - group["beta1"])
             codec.write(state, "exp_avg", slice(None), first, signed=True)

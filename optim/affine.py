@@ -33,9 +33,11 @@ class Affine4(Blocks):
             raise ValueError(f"{key} of shape {tuple(shape)}: 4-bit groups need a matrix")
         return super().new(key, like, shape, wide)
 
-    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(
+        self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool, width: int
+    ) -> Tensor:
         scale, zero = (state[key + suffix][rows].to(wide) for suffix in self.extra)
-        values = unpack(state[key][rows]).to(wide)
+        values = unpack(state[key][rows])[:, :width].to(wide)
         for blocks, part in self.parts(values):
             part.sub_(zero[:, blocks, None]).mul_(scale[:, blocks, None])
         return values

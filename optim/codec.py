@@ -11,7 +11,7 @@
 Math is always done on decoded values of at least fp32. A block is up to that many neighbours in one row (the first
 dim against all others), the last of a row may be shorter: shards of whole rows hold the same bytes as the whole.
 Vectors, tensors below 4096 values and rows shorter than a quarter of a block stay fp32: there the scales would cost
-as much as they save. So do rows of odd length under int4. Only the global shape decides.
+as much as they save. Only the global shape decides.
 Papers: Dettmers et al. 2022, arXiv:2110.02861; Li et al. 2023, arXiv:2309.01507; Xi et al. 2024, arXiv:2410.19313.
 """
 
@@ -64,8 +64,10 @@ class Codec:
         """How a state of a tensor of `layout` is sharded: as the tensor, unless that would cut a block."""
         return layout
 
-    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
-        """Decoded values of some rows."""
+    def read(
+        self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool, width: int
+    ) -> Tensor:
+        """Decoded values of some rows. `width` is the length of one, the product of all dims but the first."""
         return rows_of(state[key], rows).to(wide)
 
     def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
@@ -78,7 +80,9 @@ class Plain(Codec):
 
     in_place = True
 
-    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(
+        self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool, width: int
+    ) -> Tensor:
         return rows_of(state[key], rows)
 
     def write(self, state: Mapping[str, Any], key: str, rows: slice, values: Tensor, *, signed: bool) -> None:
@@ -142,9 +146,12 @@ class Blocks(Codec):
 class Dynamic(Blocks):
     """8 or 4 bits: the nearest value of a code book times the largest magnitude of the block."""
 
-    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(
+        self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool, width: int
+    ) -> Tensor:
         codes, scale = state[key][rows], state[key + "_scale"][rows]
         values = book(self.bits, signed, codes).decode(codes).view(len(codes), codes.shape[1] * 8 // self.bits)
+        values = values[:, :width].contiguous()  # the last byte of a row of odd length holds one of 4 bits
         for blocks, part in self.parts(values):
             part.mul_(scale[:, blocks, None])
         return values.to(wide)
@@ -171,7 +178,9 @@ class Expanded(Blocks):
 
     extra = ("_scale", "_power")
 
-    def read(self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool) -> Tensor:
+    def read(
+        self, state: Mapping[str, Any], key: str, rows: slice, wide: torch.dtype, *, signed: bool, width: int
+    ) -> Tensor:
         codes, scale, power = (state[key + suffix][rows] for suffix in ("", *self.extra))
         first = (power * 16).int().mul_(256)
         index = codes.int()
@@ -266,7 +275,7 @@ def _codec_for(name: str, shape: tuple[int, ...]) -> Codec:
         return codec
     width = math.prod(shape[1:])
     large = len(shape) >= 2 and math.prod(shape) >= SMALLEST and width >= codec.block // 4
-    return codec if large and width * codec.bits % 8 == 0 else PLAIN
+    return codec if large else PLAIN
 
 
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:

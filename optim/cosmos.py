@@ -159,10 +159,12 @@ class COSMOS(ComposedOptimizer):
         state["step"] += 1
         places = _coded(layout, group)
         codecs = {key: codec_for(group["states"], place.shape) for key, place in places.items()}
+        homes = {key: codec.home(places[key]) for key, codec in codecs.items()}
         held = {
-            key: codec.read(state, key, slice(None), wide, signed=key == "exp_avg") for key, codec in codecs.items()
+            key: codec.read(state, key, slice(None), wide, signed=key == "exp_avg", width=homes[key].local_shape[1])
+            for key, codec in codecs.items()
         }
-        long, home = places["exp_avg"], codecs["exp_avg"].home(places["exp_avg"])
+        long, home = places["exp_avg"], homes["exp_avg"]
         first, grad = home.move(held["exp_avg"], long.dim), layout.move(item.grad.to(wide), long.dim)
         tall = layout.shape[0] >= layout.shape[1]
         basis_layout = layout.like(_exact(layout.shape, group)["basis"], 0)

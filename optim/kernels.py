@@ -39,7 +39,7 @@ def stochastic_bf16(wide, index, seed, seed_high):
 
 
 @triton.jit
-def decoded(codes, scale, power, table, place, numbers, mask, valid, odd, CODEC: tl.constexpr):
+def decoded(codes, scale, power, table, place, pair, numbers, mask, valid, odd, CODEC: tl.constexpr):
     """Values of a moment: of a tile (TILES, SIZE), of whose blocks `numbers` are the indices."""
     # one return: those of branches that are not taken would be compiled, and must agree
     if CODEC < INT8:
@@ -49,8 +49,8 @@ def decoded(codes, scale, power, table, place, numbers, mask, valid, odd, CODEC:
         if CODEC == INT8:
             found = tl.load(table + tl.load(codes + place, mask, other=0).to(tl.int32))
         elif CODEC == INT4:
-            pair = tl.load(codes + place // 2, mask, other=0).to(tl.int32)
-            found = tl.load(table + tl.where(odd, pair & 15, pair >> 4))
+            both = tl.load(codes + pair, mask, other=0).to(tl.int32)
+            found = tl.load(table + tl.where(odd, both & 15, both >> 4))
         else:
             row = (tl.load(power + numbers, valid, other=1.0) * 16).to(tl.int32) * 256
             found = tl.load(table + row[:, None] + tl.load(codes + place, mask, other=0).to(tl.int32))
@@ -69,10 +69,11 @@ def e4m3(magnitude):
 
 @triton.jit
 def encode(
-    values, codes, scale, power, cells, place, numbers, mask, valid, width,
+    values, codes, scale, power, cells, place, pair, numbers, mask, valid,
     CODEC: tl.constexpr, SIGNED: tl.constexpr, EXPANSION: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write a moment as its codec's `write` does. `place` are flat indices, `mask` which of them there are."""
+    """Write a moment as its codec's `write` does. `place` are flat indices, `pair` those of bytes with two codes, `mask`
+    which of them there are."""
     if CODEC == FP32:
         tl.store(codes + place, values, mask)
     elif CODEC == BF16:
@@ -101,9 +102,9 @@ def encode(
                 tl.store(codes + place, found.to(tl.uint8), mask)
             else:
                 first, second = tl.split(tl.reshape(found, (TILES, SIZE // 2, 2)))
-                at, _ = tl.split(tl.reshape(place, (TILES, SIZE // 2, 2)))
+                at, _ = tl.split(tl.reshape(pair, (TILES, SIZE // 2, 2)))
                 there, _ = tl.split(tl.reshape(mask.to(tl.int32), (TILES, SIZE // 2, 2)))
-                tl.store(codes + at // 2, ((first << 4) | second).to(tl.uint8), there != 0)
+                tl.store(codes + at, ((first << 4) | second).to(tl.uint8), there != 0)
 
 
 @triton.jit(do_not_specialize=["first", "seed", "seed_high"])
@@ -120,11 +121,12 @@ def adamw(
     column = (numbers % blocks)[:, None] * SIZE + within[None, :]
     mask = valid[:, None] & (column < width)
     place = (numbers // blocks)[:, None] * width + column
+    pair = (numbers // blocks)[:, None] * ((width + 1) // 2) + column // 2  # rows begin with a byte of their own
     odd = (within % 2 == 1)[None, :]
 
     g = tl.load(grad + place, mask, other=0.0).to(tl.float32)
-    mean = decoded(m, m_scale, m_power, m_table, place, numbers, mask, valid, odd, CODEC)
-    square = decoded(v, v_scale, v_power, v_table, place, numbers, mask, valid, odd, CODEC)
+    mean = decoded(m, m_scale, m_power, m_table, place, pair, numbers, mask, valid, odd, CODEC)
+    square = decoded(v, v_scale, v_power, v_table, place, pair, numbers, mask, valid, odd, CODEC)
     mean = beta1 * mean + fresh1 * g
     square = beta2 * square + fresh2 * g * g
     step = tl.div_rn(size * mean, tl.div_rn(tl.sqrt_rn(square), root) + eps)
@@ -136,9 +138,9 @@ def adamw(
             tl.store(weight + place, stochastic_bf16(wide, place + first, seed, seed_high), mask)
         else:
             tl.store(weight + place, wide.to(weight.dtype.element_ty), mask)
-    encode(mean, m, m_scale, m_power, m_cells, place, numbers, mask, valid, width, CODEC, True, EXPANSION, TILES, SIZE)
+    encode(mean, m, m_scale, m_power, m_cells, place, pair, numbers, mask, valid, CODEC, True, EXPANSION, TILES, SIZE)
     encode(
-        square, v, v_scale, v_power, v_cells, place, numbers, mask, valid, width, CODEC, False, EXPANSION, TILES, SIZE
+        square, v, v_scale, v_power, v_cells, place, pair, numbers, mask, valid, CODEC, False, EXPANSION, TILES, SIZE
     )
 
 

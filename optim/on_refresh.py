@@ -36,7 +36,8 @@ def rotate_(state: State, moments: Sequence[Moment], turn: Tensor, side: Side, l
     codec = codec_for(states, low.shape)
     home = codec.home(low)
     for moment in moments:
-        values = codec.read(state, moment.key, slice(None), turn.dtype, signed=moment.signed)
+        width = home.local_shape[1]
+        values = codec.read(state, moment.key, slice(None), turn.dtype, signed=moment.signed, width=width)
         by = (turn if moment.power == 1 else turn.square()).to(values.dtype)
         if side == "right":
             found = values @ by.T

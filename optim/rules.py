@@ -155,8 +155,9 @@ class Elementwise(Rule):
         cached = codec is not PLAIN and item.param.device.type == "cpu"
         for rows in row_chunks(item.param, CODED_CHUNK if cached else CHUNK):
             part = rows_of(item.param, rows)
+            width = math.prod(part.shape[1:])
             moments = [
-                codec.read(item.state, moment.key, rows, wide, signed=moment.signed).view(part.shape)
+                codec.read(item.state, moment.key, rows, wide, signed=moment.signed, width=width).view(part.shape)
                 if codec is not PLAIN
                 else rows_of(item.state[moment.key], rows)
                 for moment in self.moments

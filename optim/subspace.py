@@ -133,7 +133,8 @@ class Subspace:
             basis: Tensor = state["basis"]
             return basis
         if self.basis_layout.dim == 1:
-            return self.codec.read(state, "basis", slice(None), dtype, signed=True)
+            width = self.basis_layout.local_shape[1]
+            return self.codec.read(state, "basis", slice(None), dtype, signed=True, width=width)
         whole = self.whole_basis(state, dtype)
         return whole[:, self.layout.mine] if self.cut else whole
 
@@ -144,7 +145,7 @@ class Subspace:
             for key, part in held.items():
                 shape = (self.basis_shape[0], self.basis_shape[1] if self.basis_layout.dim == 1 else part.shape[1])
                 held[key] = self.layout.like(shape, self.basis_layout.dim).gather(part)
-        return self.codec.read(held, "basis", slice(None), dtype, signed=True)[:, : self.basis_shape[1]]
+        return self.codec.read(held, "basis", slice(None), dtype, signed=True, width=self.basis_shape[1])
 
     def drawn(self, like: Tensor, name: str, count: int) -> Tensor:
         """The random basis of refresh number `count`, entries N(0, 1/r), with the dtype and device of `like`."""

@@ -22,8 +22,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton: pip install triton")
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
-SHAPES = [(20, 300), (9, 514)]
-"""Rows that end inside a block, and more of them than a program takes."""
+SHAPES = [(20, 300), (9, 515)]
+"""Rows that end inside a block, or a byte with two codes, and more of them than a program takes."""
 
 
 def interpreted(test):

@@ -59,7 +59,7 @@ VARIANTS = [
 ]
 CODED = [
     *(("adamw", {"states": states}) for states in States),
-    *(("galore", {"states": states, "rank": 70}) for states in States),
+    *(("galore", {"states": states, "rank": 71}) for states in States),
     ("sgd", {"states": States.fp8}),
     ("adafactor", {"states": States.int8}),
     ("galore", {"states": States.int8, "rank": 70, "basis": Basis.int4, "on_refresh": OnRefresh.rotate}),
