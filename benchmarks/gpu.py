@@ -304,8 +304,8 @@ SUITES: dict[str, dict[str, Job]] = {
     "checkpoints": {"lazy_beside_sync": checkpoints},
     "optimizers": {
         "amortised_7b_layer": amortised("7B"),
-        "amortised_1b_layer": amortised("1B"),
         "amortised_7b_layer_bf16_weights": amortised("7B", "bf16"),
+        "amortised_1b_layer": amortised("1B"),
         "beside_other_packages_60m_350m": optimizer_steps("60M,350M"),
         "authors_svd_1b_layer": optimizer_steps("1B", "galore products,galore,galore-torch,apollo,apollo-torch"),
         "other_8_bits_7b_layer": optimizer_steps(

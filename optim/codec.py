@@ -32,7 +32,6 @@ SMALLEST = 4096
 E4M3_MAX = 448.0
 EXPANSION_RANGE = math.log2(E4M3_MAX**2 / 2)
 """log2 of the dynamic range that COAT's code stretches a block to (specs: code, not paper)."""
-LN2 = math.log(2.0)
 LARGEST_POWER = 64
 LARGEST_INT = 2**31 - 1
 INFINITY = 0x7F800000
@@ -206,7 +205,7 @@ class Expanded(Blocks):
         inverse = largest.clamp_(min=TINY).reciprocal_().unsqueeze(-1)
         unit = unit.mul_(inverse) if signed else unit * inverse
         # At most 448.01, which the cast rounds down; it makes NaN of 464 and more.
-        unit.log2_().mul_(k.mul_(LN2).unsqueeze(-1)).exp_().mul_(E4M3_MAX)
+        unit.log2_().mul_(k.unsqueeze(-1)).exp2_().mul_(E4M3_MAX)
         found = unit.flatten(1)[:, : flat.shape[1]]
         if signed:
             found.copysign_(flat)

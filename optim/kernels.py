@@ -17,7 +17,6 @@ NEAREST, STOCHASTIC, FRESH = (tl.constexpr(i) for i in range(3))
 """How a weight is written (WRITE): to the nearest, stochastically to bf16, or as a step from zero, without reading."""
 LEAST = tl.constexpr(1e-37)
 """As `codec.TINY`."""
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -90,7 +89,7 @@ def encode(
             k = tl.floor(16 * EXPANSION / tl.maximum(span, 1e-6)) / 16
             k = tl.minimum(tl.maximum(k, 0.0625), 64.0)
             tl.store(power + numbers, k, valid)
-            unit = tl.exp(tl.log2(magnitude * inverse[:, None]) * (k * LN2)[:, None]) * 448.0
+            unit = tl.exp2(tl.log2(magnitude * inverse[:, None]) * k[:, None]) * 448.0
             found = e4m3(tl.minimum(unit, 448.0))
             if SIGNED:
                 found = found | ((values.to(tl.int32, bitcast=True) >> 24) & 0x80)
