@@ -71,8 +71,8 @@ def encode(
     values, codes, scale, power, cells, place, pair, numbers, mask, valid,
     CODEC: tl.constexpr, SIGNED: tl.constexpr, EXPANSION: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write a moment as its codec's `write` does. `place` are flat indices, `pair` those of bytes with two codes, `mask`
-    which of them there are."""
+    """Write a moment as its codec's `write` does. `place` are flat indices, `pair` those of bytes with two codes,
+    `mask` which of them there are."""
     if CODEC == FP32:
         tl.store(codes + place, values, mask)
     elif CODEC == BF16:
