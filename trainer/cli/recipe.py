@@ -21,7 +21,7 @@ DESCRIPTION = """Reproductions: a configuration, what it is claimed to give, and
   stowage recipe show quickstart
   stowage recipe run quickstart                    every arm and seed, each in a process of its own
   stowage recipe run quickstart --seeds 0,1 train.steps=100
-  stowage recipe run lowrank_vs_adamw --arms adamw,galore      some arms only; --resume adds others later
+  stowage recipe run lowrank_vs_adamw --arms adamw,galore    some arms; --resume adds others
   stowage recipe run quickstart --resume           go on with a batch that was interrupted
   stowage recipe run lowrank_vs_adamw --jobs 8     eight runs at a time, each on a part of a GPU
   stowage recipe check quickstart                  exit code 1 if the last run falls short
