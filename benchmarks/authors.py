@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import print_table, write_result
+from trainer.cli.recipe import seed_list
 
 BASE = ["recipe=lowrank_vs_adamw", "train.global_batch=8", "train.micro_batch=8"]
 SHARED = ("rank", "update_proj_gap", "scale", "proj_type")
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}; default all")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="(0,1,2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (2)")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default benchmarks/results")
     parser.add_argument("overrides", nargs="*", help="options of `stowage train`")
@@ -143,8 +144,7 @@ def main() -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         parser.error(f"--methods {unknown[0]}: known are {', '.join(METHODS)}")
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    found = measure(methods, seeds, args.jobs, [f"train.steps={args.steps}", *args.overrides])
+    found = measure(methods, args.seeds, args.jobs, [f"train.steps={args.steps}", *args.overrides])
     print("written to", write_result("authors", found, args.out))
 
 

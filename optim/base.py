@@ -24,8 +24,12 @@ from optim.sharded import copy_whole_
 CHUNK = 2**22
 """Values of a low-precision tensor that are held in fp32 at a time (16 MiB)."""
 CUDA_CHUNK = 2**24
-"""The same on CUDA (64 MiB), where each piece is a few kernels to be launched: pieces of 16 MiB would leave the device
-waiting for the host."""
+"""The same on CUDA (64 MiB), where each piece is a few kernels to be launched."""
+
+
+def piece(tensor: Tensor) -> int:
+    """Values of a tensor that are widened at a time, where it is."""
+    return CUDA_CHUNK if tensor.is_cuda else CHUNK
 
 
 @functools.cache

@@ -152,7 +152,7 @@ def scaled_add(
     first_place = tl.program_id(0).to(tl.int64) * SIZE
     place = first_place + tl.arange(0, SIZE)
     mask = place < count
-    # Of 64 bits only once a program: a division of such numbers takes as long as everything else here.
+    # Numbers of 64 bits are divided once a program, not once a value: no instruction of a GPU does that.
     first_row = first_place // width
     column = (first_place - first_row * width).to(tl.int32) + tl.arange(0, SIZE)
     if BY_ROW:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from optim import fused
-from optim.base import CHUNK, Group, state_dtype
+from optim.base import Group, piece, state_dtype
 from optim.products import add_product_
 from optim.projection import Side, add_back_
 from optim.rules import Rule, Stepped, row_chunks
@@ -176,7 +176,7 @@ def norms(x: Tensor, side: Side, *, per_channel: bool) -> Tensor:
         return found
     # On a CPU torch's norm over the first axis takes 10 times as long as this.
     squares = x.new_zeros((1, x.shape[1]), dtype=wide)
-    for rows in row_chunks(x, CHUNK):
+    for rows in row_chunks(x, piece(x)):
         squares += x[rows].to(wide).square().sum(0, keepdim=True)
     return squares.sqrt_()
 
@@ -201,7 +201,7 @@ def scaled_add_(
         fused.scaled_add_(weight, grad, factor, beta=beta, store=item.store)
         return
     add_back = add_product_ if products == "bf16" else Tensor.addmm_
-    for rows in row_chunks(weight, CHUNK):
+    for rows in row_chunks(weight, piece(weight)):
         part = weight[rows]
         wide = part if weight.dtype == basis.dtype else part.to(basis.dtype)
         if back is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optim import fused
-from optim.base import CHUNK, CUDA_CHUNK, read
+from optim.base import piece, read
 from optim.products import add_product_, product
 from optim.rounding import Store
 from parallel.dtensor import WHOLE, Layout
@@ -138,7 +138,7 @@ def _gram(grad: Tensor, side: Side) -> Tensor:
     """G G^T (left) or G^T G (right) in fp64, widening a part of G at a time."""
     tall = grad.T if side == "left" else grad
     total = grad.new_zeros((tall.shape[1], tall.shape[1]), dtype=torch.float64)
-    for rows in row_slices(tall, CHUNK):
+    for rows in row_slices(tall, piece(tall) // 2):
         part = tall[rows].double()
         total.addmm_(part.T, part)
     return total
@@ -181,8 +181,7 @@ def fixed_signs(basis: Tensor) -> Tensor:
 
 
 def row_slices(matrix: Tensor, values: int | None = None) -> Iterator[slice]:
-    """Slices of whole rows, about `values` numbers each: CHUNK of them, CUDA_CHUNK on CUDA, if not given."""
-    values = values or (CUDA_CHUNK if matrix.is_cuda else CHUNK)
-    rows = max(values // max(matrix.shape[1], 1), 1)
+    """Slices of whole rows, about `values` numbers each, or as many as are widened at a time."""
+    rows = max((values or piece(matrix)) // max(matrix.shape[1], 1), 1)
     for start in range(0, matrix.shape[0], rows):
         yield slice(start, min(start + rows, matrix.shape[0]))

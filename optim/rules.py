@@ -20,7 +20,7 @@ from torch import Tensor
 
 from optim import fused
 from optim.adam import adamw_update_
-from optim.base import CHUNK, Group, State, contiguous_as, state_dtype
+from optim.base import Group, State, contiguous_as, piece, state_dtype
 from optim.codec import PLAIN, Codec, codec_for, rows_of
 from optim.rounding import Store
 from optim.sharded import new_tensors
@@ -153,7 +153,7 @@ class Elementwise(Rule):
         codec = codec_for(group["states"], item.layout.shape)
         wide = state_dtype(item.param.dtype)
         cached = codec is not PLAIN and item.param.device.type == "cpu"
-        for rows in row_chunks(item.param, CODED_CHUNK if cached else CHUNK):
+        for rows in row_chunks(item.param, CODED_CHUNK if cached else piece(item.param)):
             part = rows_of(item.param, rows)
             width = math.prod(part.shape[1:])
             moments = [

@@ -129,8 +129,9 @@ def _orthonormal_at_once(rows: Tensor) -> Tensor | None:
 
 
 def _inverse(factor: Tensor) -> Tensor:
-    """Of a lower triangle. With it a product does what would take a solver a half longer again, on a CPU."""
-    found: Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    """Of a lower triangle: to multiply by it takes less time than to solve for as many columns as a basis has."""
+    eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    found: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
     return found
 
 

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from optim import AdamW
-from optim import rules as rules_module
 from tests.reference import optimizers as reference
 
 SHAPES = [(), (7,), (16, 8), (3, 4, 5)]
@@ -48,7 +47,7 @@ def test_adamw_matches_the_float64_reference():
 
 
 def test_bf16_weights_take_the_fp32_step_rounded_once(monkeypatch):
-    monkeypatch.setattr(rules_module, "CHUNK", 40)  # 10 rows of 8 in chunks of 5
+    monkeypatch.setattr("optim.base.CHUNK", 40)  # 10 rows of 8 in chunks of 5
     shapes = [(10, 8), (3,)]
     params, wide = make(shapes, torch.bfloat16), make(shapes, torch.bfloat16)
     wide = [torch.nn.Parameter(p.detach().float()) for p in wide]
@@ -73,7 +72,7 @@ def test_a_gradient_in_another_memory_layout_reaches_the_right_elements():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_transposed_weights_step_like_contiguous_ones(dtype, monkeypatch):
-    monkeypatch.setattr(rules_module, "CHUNK", 8)
+    monkeypatch.setattr("optim.base.CHUNK", 8)
     straight = make([(6, 4)], dtype)
     turned = [torch.nn.Parameter(straight[0].detach().clone().T.contiguous().T)]
     grads = gradients([(6, 4)], 3, dtype)

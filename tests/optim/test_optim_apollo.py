@@ -209,7 +209,7 @@ def test_a_gradient_is_left_as_it_was_and_a_zero_one_moves_nothing(cls):
 @pytest.mark.parametrize("cls", [APOLLO, APOLLOMini, Fira])
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)], ids=str)
 def test_bf16_weights_take_the_fp32_step_rounded_once(cls, shape, monkeypatch):
-    monkeypatch.setattr("optim.lift.CHUNK", 100)
+    monkeypatch.setattr("optim.base.CHUNK", 100)
     p = torch.nn.Parameter(randn(*shape).bfloat16())
     wide = torch.nn.Parameter(p.detach().float())
     first, second = build(cls, p), build(cls, wide)

@@ -105,7 +105,7 @@ def test_weights_do_not_depend_on_the_chunks_they_are_stepped_in(name, monkeypat
                 optim.int8_grid, "_chunks", lambda codes, w=whole, p=pieces: iter(p) if len(codes) == 64 else w(codes)
             )
             monkeypatch.setattr("optim.rules.CODED_CHUNK", 7 * 96)
-            monkeypatch.setattr("optim.rules.CHUNK", 7 * 96)
+            monkeypatch.setattr("optim.rules.piece", lambda tensor: 7 * 96)
         net = model()
         train(net, registry.build(config(name), net.named_parameters(), rounding="stochastic"), range(3))
         nets.append(net)

@@ -146,8 +146,8 @@ def test_a_scaled_gradient_is_added_by_rows_columns_or_whole(size):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("products", ["fp32", "bf16"])
 def test_a_step_comes_back_into_bf16_weights_by_pieces_as_by_the_operators(side, products, monkeypatch):
-    monkeypatch.setattr("optim.projection.CHUNK", 7 * 300)
-    monkeypatch.setattr("optim.projection.CUDA_CHUNK", 7 * 300)
+    monkeypatch.setattr("optim.base.CHUNK", 7 * 300)
+    monkeypatch.setattr("optim.base.CUDA_CHUNK", 7 * 300)
     expected = gradient((20, 300), 1, torch.bfloat16)
     found = expected.clone()
     low = gradient((4, 300) if side == "left" else (20, 4), 2)

@@ -35,7 +35,7 @@ def test_a_product_is_that_of_rounded_operands_summed_without_rounding(dtype):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_projection_and_way_back_round_their_operands_alone(side, dtype, monkeypatch):
-    monkeypatch.setattr("optim.projection.CHUNK", 7 * 30)
+    monkeypatch.setattr("optim.base.CHUNK", 7 * 30)
     grad, weight = randn(20, 30).to(dtype), randn(20, 30, seed=1).to(dtype)
     basis = torch.linalg.qr(randn(20 if side == "left" else 30, 4, seed=2)).Q.T
     low = project(grad, basis, side, "bf16")

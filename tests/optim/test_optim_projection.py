@@ -111,7 +111,7 @@ def test_a_solver_that_fails_in_fp32_is_called_again_in_fp64(monkeypatch):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_bf16_matrices_are_projected_in_fp32_by_chunks(side, monkeypatch):
-    monkeypatch.setattr(projection, "CHUNK", 7 * 30)  # 20 rows in chunks of 7
+    monkeypatch.setattr("optim.base.CHUNK", 7 * 30)  # 20 rows in chunks of 7
     grad, weight = decaying((20, 30)).bfloat16(), decaying((20, 30), seed=1).bfloat16()
     basis = basis_of(grad.float(), 4, side, "gram")
     low = project(grad, basis, side)

@@ -115,7 +115,7 @@ def test_dependent_rows_are_completed(side):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_bf16_gradients_take_the_same_pass_by_chunks(side, monkeypatch):
-    monkeypatch.setattr("optim.projection.CHUNK", 7 * 30)
+    monkeypatch.setattr("optim.base.CHUNK", 7 * 30)
     grad = spectrum((20, 30), 0.7).bfloat16()
     old = torch.linalg.qr(randn(20 if side == "left" else 30, 4)).Q.T
     torch.testing.assert_close(warm_basis(grad, old, side), warm_basis(grad.float(), old, side), rtol=0, atol=1e-5)
